@@ -1,0 +1,22 @@
+"""Errors a user can act on. The command line prints them without a traceback; everything else is a bug and is shown whole."""
+
+
+class UserError(Exception):
+    """Bad usage or bad input: exit code 2."""
+
+
+class TaskError(UserError):
+    """A task or data file says something that is not allowed; names the file, the key, what stands there and what may stand there."""
+
+    def __init__(self, file, key: str, found, allowed: str, hint: str | None = None):
+        self.file, self.key, self.found, self.allowed, self.hint = str(file), key, found, allowed, hint
+        message = f"{self.file}: {key}: found {found!r}, allowed: {allowed}"
+        super().__init__(message + (f" ({hint})" if hint else ""))
+
+
+class NotRunnable(Exception):
+    """This machine cannot run the task: exit code 12, verdict NOT_RUN, with the reason as message."""
+
+
+class DataError(UserError):
+    """A data file is not the one the task names, or a row of it cannot be used."""
