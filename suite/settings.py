@@ -1,0 +1,199 @@
+"""The settings of a task, section by section: the whole vocabulary in which a cell can be described. A key that is not here is refused.
+
+Fields default to null (not said) or to "off"; what a protocol cannot do without is listed in REQUIRED and checked on every resolved cell,
+because arms and grid points may supply it. No torch.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
+Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64}|unknown)$")]
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+SECTIONS = ("model", "data", "rollout", "train", "precision", "algorithm", "schedule")
+# What must stand in every resolved cell of a protocol; everything else may be left out.
+REQUIRED = {
+    "offline_mismatch": (
+        "model.family", "model.revision", "model.sha256", "data.id", "data.template", "rollout.engine",
+        "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "train.engine",
+        "train.score_batch_size", "precision.rollout", "precision.train",
+    ),
+    "offline_accuracy": (
+        "model.family", "model.revision", "model.sha256", "data.id", "data.template", "rollout.engine",
+        "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "precision.rollout",
+    ),
+    "dataset": ("data.id",),
+    "filter": ("model.family", "data.id", "rollout.engine", "rollout.samples_per_prompt", "precision.rollout"),
+    "rl": (
+        "model.family", "model.revision", "model.sha256", "data.id", "data.template", "rollout.engine",
+        "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "train.engine",
+        "train.optimizer", "algorithm.name", "schedule.steps", "schedule.prompts_per_step", "schedule.minibatches",
+        "precision.rollout", "precision.train",
+    ),
+    "compare": (),
+}  # fmt: skip
+
+
+class Strict(BaseModel):
+    """Frozen; unknown keys, wrong types and non-finite numbers are errors."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Model(Strict):
+    """Weights: a hub id or a local path; `sha256` is that of the (first) weight file, `unknown` until somebody looked it up."""
+
+    path: str | None = None
+    id: str | None = None
+    revision: str | None = None
+    sha256: Sha256 | None = None
+    family: Literal["qwen2", "llama", "qwen3", "qwen3_moe"] | None = None
+    dtype_on_disk: Literal["fp32", "bf16", "fp16", "unknown"] | None = None
+
+
+class DataFile(Strict):
+    name: str
+    sha256: Sha256
+    rows: Positive | None = None
+
+
+class Data(Strict):
+    """Problems: a hub id, a local path, or a generated family; `num_terms` is the number of digits in a desk problem, ends included."""
+
+    id: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    sha256: Sha256 | None = None
+    rows: Positive | None = None
+    unique_rows: Positive | None = None
+    template: Literal["desk", "qwen_math", "r1", "verl_r1", "octothinker", "none"] | None = None
+    num_prompts: Positive | None = None
+    num_terms: tuple[Positive, Positive] | None = None
+    files: tuple[DataFile, ...] | None = None
+
+
+class Rollout(Strict):
+    """How rollouts are sampled. `top_k` 0 and `top_p` 1.0 are off; limits are in tokens, cache memory in GiB."""
+
+    engine: Literal["vllm", "hf", "auto"] | None = None
+    samples_per_prompt: Positive | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Share | None = None
+    top_k: Natural = 0
+    max_tokens: Positive | None = None
+    max_model_len: Positive | None = None
+    max_num_seqs: Positive | None = None
+    prompts_per_batch: Positive | None = None
+    enforce_eager: bool = True
+    prefix_caching: bool = False
+    chunked_prefill: bool = False
+    max_num_batched_tokens: Positive | None = None
+    cascade_attention: bool = False
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    gpu_memory_utilization: Share | None = None
+    attention_backend: str | None = None
+    seed: Natural | None = None
+
+
+class Perturb(Strict):
+    """A trainer weight scaled on purpose: the control that must be caught."""
+
+    parameter: str
+    scale: float
+
+
+class Optimizer(Strict):
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(ge=0)]
+    betas: tuple[float, float]
+    eps: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_steps: Natural = 0
+
+
+class Lora(Strict):
+    rank: Positive
+    alpha: Positive
+    targets: tuple[str, ...]
+
+
+class Parallel(Strict):
+    """Number of ranks along each way of splitting the trainer."""
+
+    data: Positive = 1
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    expert: Positive = 1
+
+
+class Train(Strict):
+    """The trainer. `score_batch_size` counts sequences per forward: batch shape alone moves bf16 log-probs, so it is fixed."""
+
+    engine: Literal["dense", "moe"] | None = None
+    score_batch_size: Positive | None = None
+    head_chunk_tokens: Positive | None = None
+    attention: Literal["sdpa", "eager"] | None = None
+    perturb: Perturb | None = None
+    gradient_checkpointing: bool = False
+    grad_clip: Annotated[float, Field(gt=0)] | None = None
+    optimizer: Optimizer | None = None
+    lora: Lora | None = None
+    parallel: Parallel | None = None
+
+
+class LossScaling(Strict):
+    enabled: bool
+    init_scale: Annotated[float, Field(gt=0)] = 65536.0
+    growth_factor: Annotated[float, Field(gt=1)] = 2.0
+    backoff_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    growth_interval: Positive = 400
+
+
+class PrecisionSettings(Strict):
+    """The dtype asked for at each point; null follows `rollout` or `train`. What was executed is in the record."""
+
+    rollout: Dtype | None = None
+    train: Dtype | None = None
+    wire: Dtype | None = None
+    trainer_head: Dtype | None = None
+    rollout_logits: Dtype | None = None
+    kv_cache: Dtype | None = None
+    loss_scaling: LossScaling | None = None
+
+
+class Algorithm(Strict):
+    """The row of algorithms.py by its name in the paper, and the constants a task may set on it."""
+
+    name: Name | None = None
+    clip_low: Annotated[float, Field(ge=0)] | None = None
+    clip_high: Annotated[float, Field(ge=0)] | None = None
+    cap: Annotated[float, Field(gt=0)] | None = None
+    advantage: str | None = None
+    aggregation_length: Positive | None = None
+
+
+class Schedule(Strict):
+    """Counts per run: `steps` are rollout iterations, `minibatches` the gradient steps in each."""
+
+    steps: Positive | None = None
+    prompts_per_step: Positive | None = None
+    minibatches: Positive | None = None
+    eval_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+
+
+class Settings(Strict):
+    """Everything that decides the numbers of a cell; the run key is made from it."""
+
+    model: Model | None = None
+    data: Data | None = None
+    rollout: Rollout | None = None
+    train: Train | None = None
+    precision: PrecisionSettings | None = None
+    algorithm: Algorithm | None = None
+    schedule: Schedule | None = None

@@ -1,0 +1,324 @@
+"""A task file as typed, frozen values: what the paper claims, under which settings it is tested, and what counts as the same result.
+
+`load_task` either returns a Task or raises TaskErrors with every error of the file: file, key, value found, values allowed. What can only
+be judged across keys (one factor between arms, accept regions, baseline keys) is in validate.py. The settings sections are in settings.py.
+No torch.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+from pydantic import Field, JsonValue, PrivateAttr, ValidationError
+
+from suite.errors import TaskError, UserError
+from suite.settings import (
+    SECTIONS, Algorithm, Data, Model, Name, Natural, Positive, PrecisionSettings, Rollout, Schedule, Strict, Train,
+)  # fmt: skip
+from suite.strict_yaml import TaskErrors, read_yaml
+from suite.task_errors import explain
+
+Level = Literal["P0", "P1", "P2", "P3", "P4", "P5"]
+Tier = Literal["desk", "node", "paper"]
+Protocol = Literal["offline_mismatch", "offline_accuracy", "dataset", "rl", "filter", "compare"]
+Kind = Literal["ratio", "threshold", "event", "ordering", "equivalence", "count", "report"]
+Reducer = Literal["last_k_mean", "epoch_mean", "mean", "median", "geo_mean", "log_ratio", "auc", "time_to_event", "fraction_of_seeds"]
+Range = tuple[Optional[float], Optional[float]]  # null = open end
+
+class Paper(Strict):
+    """What the paper reports; `level` says how well that is known (P0 printed ... P5 judgement)."""
+
+    value: JsonValue = None
+    unit: str
+    source: str
+    level: Level
+    baseline: str
+
+
+class Claim(Strict):
+    id: Name
+    about: Annotated[str, Field(pattern=r"^C([1-9]|[12][0-9]|3[0-3])$")]
+    statement: str
+    kind: Kind
+    paper: Paper | None = None
+
+
+class Contrast(Strict):
+    """Exactly one of: the level of an arm, a ratio or difference of two, an ascending order of several with its margin."""
+
+    arm: Name | None = None
+    ratio: tuple[Name, Name] | None = None
+    difference: tuple[Name, Name] | None = None
+    order: Annotated[tuple[Name, ...], Field(min_length=2)] | None = None
+    margin: Annotated[float, Field(ge=0)] | None = None
+
+    @property
+    def form(self) -> str:
+        """The one that is set; validate.py refuses none and several."""
+        return next((form for form in ("arm", "ratio", "difference", "order") if getattr(self, form) is not None), "arm")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Arms and controls it speaks of."""
+        value = getattr(self, self.form)
+        return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+class Event(Strict):
+    """A collapse: a fall by `drop` below the running peak of the `window`-step mean that lasts `hold` steps (counted in iterations)."""
+
+    drop: Annotated[float, Field(gt=0)]
+    window: Positive
+    hold: Positive
+    expect: Literal["collapses", "stable"]
+
+
+class Interval(Strict):
+    method: Literal["student_t", "clopper_pearson", "within_run", "exact"]
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.90
+    unit: Literal["seed", "prompt"] = "seed"
+
+
+class Tolerance(Strict):
+    """Where the accept region comes from: its source level, how it was derived, and when it was fixed (YYYY-MM-DD)."""
+
+    level: Level
+    derivation: str
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+class Grade(Strict):
+    """How one claim is judged: the estimand of which arms at which grid point, its interval, and the region it must lie in."""
+
+    estimand: str
+    contrast: Contrast
+    reducer: Reducer = "mean"
+    at: dict[str, JsonValue] = {}
+    window: Positive | None = None
+    event: Event | None = None
+    interval: Interval | None = None
+    accept: Range | None = None
+    remark_band: Range | None = None
+    min_seeds: Positive = 1
+    tolerance: Tolerance | None = None
+
+
+class Control(Strict):
+    """A cell whose outcome is known beforehand: `like` an arm, with `set` on top; the task is INVALID where it fails."""
+
+    name: Name
+    kind: Literal["aa", "floor", "broken", "null_drift"]
+    like: Name
+    set: dict[str, JsonValue] = {}
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)]
+    at: dict[str, JsonValue] = {}
+    estimand: str
+    contrast: Contrast
+    accept: Range
+
+
+class Resources(Strict):
+    """What one cell needs at least; `cpu_ok` means that it also runs without a GPU."""
+
+    gpus: Natural
+    gpu_mem_gib: Annotated[float, Field(ge=0)]
+    nodes: Positive = 1
+    disk_gib: Annotated[float, Field(ge=0)]
+    cpu_ok: bool
+
+
+class Budget(Strict):
+    """Wall time allowed for all cells together on the machine that `resources` describes."""
+
+    minutes: Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task was read from, and its text as it stands in the file."""
+
+    path: Path
+    text: str
+
+
+class Task(Strict):
+    """One task file, `extends` already merged. Sections may be partial: arms complete them (plan.resolve)."""
+
+    schema_: Literal[1] = Field(alias="schema")
+    id: Name
+    version: Positive
+    grade_version: Positive
+    tier: Tier
+    title: str
+    tags: tuple[str, ...] = ()
+    extends: tuple[Name, ...] = ()
+    claims: Annotated[tuple[Claim, ...], Field(min_length=1)]
+    protocol: Protocol
+    model: Model | None = None
+    data: Data | None = None
+    rollout: Rollout | None = None
+    train: Train | None = None
+    precision: PrecisionSettings | None = None
+    algorithm: Algorithm | None = None
+    schedule: Schedule | None = None
+    arms: dict[str, dict[str, JsonValue]] = {}
+    vary: tuple[str, ...] = ()
+    grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = {}
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)]
+    controls: tuple[Control, ...] = ()
+    metrics: tuple[str, ...] = ()
+    needs: tuple[Name, ...] = ()
+    grade: dict[str, Grade] = {}
+    resources: Resources
+    budget: Budget | None = None
+    _source: Source | None = PrivateAttr(default=None)
+
+    @property
+    def source(self) -> Source | None:
+        """File and text; enters no key."""
+        return self._source
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sections as plain data, defaults filled in, before any arm."""
+        return {name: None if (part := getattr(self, name)) is None else part.model_dump(mode="json") for name in SECTIONS}
+
+    def claim(self, claim_id: str) -> Claim:
+        """The claim of that id; KeyError otherwise."""
+        return {claim.id: claim for claim in self.claims}[claim_id]
+
+
+def find_repo(start: Path | None = None) -> Path:
+    """The checkout in which one stands: the nearest folder upward whose pyproject.toml names fp16-mismatch-suite and that has tasks/."""
+    start = Path(start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        project = folder / "pyproject.toml"
+        if (folder / "tasks").is_dir() and project.is_file() and re.search(r"fp16-mismatch-suite", project.read_text()):
+            return folder
+    raise UserError(f"no checkout of fp16-mismatch-suite at or above {start}; change into one and call again")
+
+
+def task_files(repo: Path | None = None) -> dict[str, Path]:
+    """Every task of the checkout by file name, sorted; blocks in _base are not tasks."""
+    files = sorted((repo or find_repo()).glob("tasks/*/*.yaml"), key=lambda path: path.stem)
+    return {path.stem: path for path in files if path.parent.name != "_base"}
+
+
+def load_all(repo: Path | None = None) -> dict[str, Task]:
+    """Every task of the checkout by id. Raises TaskErrors with the errors of all files together."""
+    tasks, errors = {}, []
+    for name, path in task_files(repo).items():
+        try:
+            tasks[name] = load_task(path)
+        except TaskErrors as found:
+            errors += found.errors
+    if errors:
+        raise TaskErrors(errors)
+    return tasks
+
+
+def load_task(path_or_id: str | Path) -> Task:
+    """The task in a file, or the one of that id in this checkout. Raises TaskErrors naming every error, UserError for an unknown id."""
+    path = _task_path(path_or_id)
+    raw, layers, errors = _read_layers(path)
+    if raw is None:
+        raise TaskErrors(errors)
+    _expand_points(raw)
+    task = None
+    try:
+        task = Task.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as problem:
+        errors += explain(problem, raw, Task, layers)
+    errors += _check_place(raw, path)
+    if errors or task is None:
+        raise TaskErrors(errors)
+    task._source = Source(path, path.read_text(encoding="utf-8"))
+    return task
+
+
+def _task_path(path_or_id: str | Path) -> Path:
+    path = Path(path_or_id)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        return path
+    files = task_files()
+    if str(path_or_id) not in files:
+        raise UserError(f"no task {str(path_or_id)!r}; there are: {', '.join(files)}")
+    return files[str(path_or_id)]
+
+
+def _read_layers(path: Path) -> tuple[dict | None, list[tuple[Path, dict]], list[TaskError]]:
+    """Merged mapping, the layers it came from (task first, then the blocks, nearest first), and errors of all files."""
+    raw, errors = read_yaml(path)
+    if not isinstance(raw, dict):
+        return None, [], errors
+    layers, merged = [(path, raw)], {}
+    for block_path in _block_paths(raw, path, errors):
+        block, block_errors = read_yaml(block_path)
+        errors += block_errors
+        for key in sorted({"grade", "claims", "id", "extends"} & set(block or {})):
+            errors.append(TaskError(block_path, key, "in a _base block", "only in a task file", "it is never inherited"))
+        if isinstance(block, dict):
+            merged = deep_merge(merged, block)
+            layers.insert(1, (block_path, block))
+    return deep_merge(merged, raw), layers, errors
+
+
+def _block_paths(raw: dict, path: Path, errors: list[TaskError]) -> list[Path]:
+    names = raw.get("extends")
+    if not isinstance(names, list) or not names:
+        return []
+    there = {block.stem: block for block in sorted(base_folder(path).glob("*.yaml"))}
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or name not in there:
+            errors.append(TaskError(path, f"extends.{index}", name, f"a block in tasks/_base: {', '.join(there)}"))
+    return [there[name] for name in names if isinstance(name, str) and name in there]
+
+
+def base_folder(path: Path) -> Path:
+    """tasks/_base of the checkout in which the file lies; of the current checkout for a file elsewhere."""
+    for folder in Path(path).resolve().parents:
+        if (folder / "_base").is_dir():
+            return folder / "_base"
+    return find_repo() / "tasks" / "_base"
+
+
+def deep_merge(base: dict, top: dict) -> dict:
+    """`top` over `base`: mappings merge key by key, everything else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = deep_merge(merged[key], value) if both else value
+    return merged
+
+
+def axis_label(value: Any) -> str:
+    """A grid value as it appears in cell names: numbers joined by a dash, files by their stems."""
+    if isinstance(value, dict):
+        return Path(str(value.get("name") or value.get("id") or "-".join(map(str, value.values())))).stem
+    if isinstance(value, (list, tuple)):
+        return ("+" if any(isinstance(item, dict) for item in value) else "-").join(axis_label(item) for item in value)
+    return re.sub(r"[^A-Za-z0-9_+-]+", "_", str(value).replace(".", "p"))
+
+
+def _expand_points(raw: dict) -> None:
+    """`at` may name a grid value by its label; put the value itself there, so that points compare equal everywhere."""
+    grid = raw.get("grid") if isinstance(raw.get("grid"), dict) else {}
+    grades = raw.get("grade") if isinstance(raw.get("grade"), dict) else {}
+    controls = raw.get("controls") if isinstance(raw.get("controls"), list) else []
+    for block in [*grades.values(), *controls]:
+        at = block.get("at") if isinstance(block, dict) else None
+        for axis, label in (at if isinstance(at, dict) else {}).items():
+            values = grid.get(axis) if isinstance(grid.get(axis), list) else []
+            at[axis] = next((value for value in values if axis_label(value) == label), label)
+
+
+def _check_place(raw: dict, path: Path) -> list[TaskError]:
+    errors = []
+    if isinstance(raw.get("id"), str) and raw["id"] != path.stem:
+        errors.append(TaskError(path, "id", raw["id"], f"{path.stem} (the file name)"))
+    folder = path.resolve().parent.name
+    if folder in ("desk", "node", "paper") and isinstance(raw.get("tier"), str) and raw["tier"] != folder:
+        errors.append(TaskError(path, "tier", raw["tier"], f"{folder} (the folder)"))
+    return errors
