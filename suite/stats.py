@@ -1,0 +1,342 @@
+"""Intervals over launches, resampling of prompts, events in series with censoring, and what a design can decide. numpy and scipy.
+
+The unit of replication is the launch (seed). Intervals are two-sided at `level` (0.90 unless told), so each end is a one-sided 5 %
+bound. Too little data is None, never 0.0 and never a point: one launch, launches that agree exactly, no pair, no value on the scale.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+
+class Interval(NamedTuple):
+    """An estimate with its interval in the estimand's own unit, how it was made, and from how many launches, prompts or trials."""
+
+    estimate: float
+    lo: float
+    hi: float
+    method: str
+    num: int
+
+
+# ---- over launches ------------------------------------------------------------------------------------------------------------
+
+def to_scale(values: Sequence[float], scale: str, num_trials: Sequence[int] | int | None = None) -> np.ndarray | None:
+    """Values (n,) on the scale on which an interval is taken; None if one of them does not lie on it.
+
+    "log": values > 0. "logit": rates in [0, 1]; with num_trials (per launch, or one for all) a rate x/n enters as
+    (x + 0.5)/(n + 1), so that 0 and 1 are finite; without, rates must lie strictly inside. "identity": any finite value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if scale == "identity":
+        on_scale = values
+    elif scale == "log":
+        on_scale = np.log(np.where(values > 0, values, np.nan))
+    elif scale == "logit":
+        if num_trials is not None:
+            n = np.asarray(num_trials, dtype=np.float64)
+            values = np.where((values >= 0) & (values <= 1), (values * n + 0.5) / (n + 1.0), np.nan)
+        inside = (values > 0) & (values < 1)
+        on_scale = np.log(np.where(inside, values, np.nan)) - np.log1p(-np.where(inside, values, np.nan))
+    else:
+        raise ValueError(f"scale: found {scale!r}, allowed: identity, log, logit")
+    return on_scale if np.isfinite(on_scale).all() else None
+
+
+def from_scale(value: float, scale: str, num_trials: Sequence[int] | int | None = None) -> float:
+    """Back to the estimand's unit; the (x + 0.5)/(n + 1) of the logit scale is undone (mean n), and the rate kept in [0, 1]."""
+    if scale == "log":
+        return math.exp(value) if value < 709.0 else math.inf
+    if scale != "logit":
+        return float(value)
+    rate = 0.5 * (1.0 + math.tanh(0.5 * value))
+    if num_trials is None:
+        return rate
+    n = float(np.mean(num_trials))
+    return min(1.0, max(0.0, (rate * (n + 1.0) - 0.5) / n))
+
+
+def student_t_interval(
+    values: Sequence[float], level: float = 0.90, scale: str = "identity", num_trials: Sequence[int] | int | None = None
+) -> Interval | None:
+    """Mean over launches with a Student-t interval, taken on `scale` and brought back. values: one per launch.
+
+    None with fewer than two launches, if a value does not lie on the scale, or if all launches agree exactly: their spread then says
+    nothing about noise (use `launch_interval`, which falls back to the within-launch interval).
+    """
+    x = to_scale(values, scale, num_trials)
+    if x is None or x.size < 2 or _agree(x):
+        return None
+    half = _t_quantile(x.size, level) * float(x.std(ddof=1)) / math.sqrt(x.size)
+    ends = (from_scale(float(x.mean()) + shift, scale, num_trials) for shift in (0.0, -half, half))
+    return Interval(*ends, "student_t", int(x.size))
+
+
+def _agree(x: np.ndarray) -> bool:
+    """All equal up to the rounding of the last two or three bits, which carries no information about launches."""
+    return bool(np.ptp(x) <= 4 * np.finfo(np.float64).eps * np.abs(x).max())
+
+
+def _t_quantile(n: int, level: float) -> float:
+    return float(scipy_stats.t.ppf(0.5 + level / 2, n - 1))
+
+
+def launch_interval(
+    values: Sequence[float], within: Sequence[Interval | None], level: float = 0.90, scale: str = "identity",
+    num_trials: Sequence[int] | int | None = None,
+) -> Interval | None:
+    """student_t_interval; where all launches (two or more) agree exactly, the hull of the within-launch intervals instead.
+
+    within: one interval per launch (e.g. prompt_bootstrap or clopper_pearson); None if any of those needed is missing.
+    """
+    across = student_t_interval(values, level, scale, num_trials)
+    values = np.asarray(values, dtype=np.float64)
+    if across is not None or values.size < 2 or not np.isfinite(values).all() or not _agree(values):
+        return across
+    if len(within) != values.size or any(interval is None for interval in within):
+        return None
+    lo, hi = min(i.lo for i in within), max(i.hi for i in within)
+    return Interval(float(values[0]), lo, hi, "within_run", int(values.size)) if lo < hi else None
+
+
+def pair_by_seed(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Seeds that both arms have, sorted, and the two arms' values in that order."""
+    seeds = sorted(a.keys() & b.keys())
+    return seeds, np.array([a[s] for s in seeds], dtype=np.float64), np.array([b[s] for s in seeds], dtype=np.float64)
+
+
+def paired_ratio(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.90) -> Interval | None:
+    """Geometric mean of a/b over seeds with a t interval on the log scale. None if fewer than two pairs or one is not positive."""
+    _, x, y = pair_by_seed(a, b)
+    if x.size < 2 or not ((x > 0) & (y > 0)).all():
+        return None
+    return student_t_interval(x / y, level, "log")
+
+
+def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.90) -> Interval | None:
+    """Mean of a - b over seeds with a t interval. None if fewer than two pairs."""
+    _, x, y = pair_by_seed(a, b)
+    return student_t_interval(x - y, level, "identity")
+
+
+# ---- within a launch ----------------------------------------------------------------------------------------------------------
+
+def prompt_bootstrap(
+    tables: Sequence[Mapping[str, np.ndarray]], statistic: Callable[..., np.ndarray], level: float = 0.90,
+    num_resamples: int = 2000, seed: int = 0,
+) -> Interval | None:
+    """Percentile bootstrap over prompts, which are the clusters within a launch; for display and for launches that agree exactly.
+
+    tables: one dict of additive columns (P,) per arm, rows aligned on the same prompts (arms are resampled together).
+    statistic(*totals): per arm a dict of column totals of any shape (...,) -> (...,), e.g. a function of
+    mismatch.estimates_of_totals. Fixed seed: the same tables give the same interval. None with fewer than two prompts or where the
+    statistic is undefined (nan or inf) on the data or on a resample.
+    """
+    columns = [{name: np.asarray(col, dtype=np.float64) for name, col in table.items() if name != "prompt_id"} for table in tables]
+    sizes = {col.size for table in columns for col in table.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"tables must have the same prompts, found columns of sizes {sorted(sizes)}")
+    num_prompts = sizes.pop()
+    if num_prompts < 2:
+        return None
+    estimate = float(statistic(*({name: col.sum() for name, col in table.items()} for table in columns)))
+    rng, drawn = np.random.default_rng(seed), []
+    for start in range(0, num_resamples, 200):  # blocks, so that memory does not grow with resamples x prompts
+        block = min(200, num_resamples - start)
+        weights = rng.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=block).astype(np.float64)
+        drawn.append(statistic(*({name: weights @ col for name, col in table.items()} for table in columns)))
+    drawn = np.concatenate(drawn)
+    if not (math.isfinite(estimate) and np.isfinite(drawn).all()):
+        return None
+    lo, hi = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(estimate, float(lo), float(hi), "prompt_bootstrap", int(num_prompts))
+
+
+def clopper_pearson(successes: int, trials: int, level: float = 0.90) -> Interval | None:
+    """Exact interval for a share: two-sided, each tail at most (1 - level)/2. None without a trial."""
+    _check_share(successes, trials)
+    if trials == 0:
+        return None
+    tail = (1 - level) / 2
+    lo = float(scipy_stats.beta.ppf(tail, successes, trials - successes + 1)) if successes else 0.0
+    hi = float(scipy_stats.beta.ppf(1 - tail, successes + 1, trials - successes)) if successes < trials else 1.0
+    return Interval(successes / trials, lo, hi, "clopper_pearson", trials)
+
+
+def wilson(successes: int, trials: int, level: float = 0.90) -> Interval | None:
+    """Score interval for a share: shorter than Clopper-Pearson and close to nominal on average; for display. None without a trial."""
+    _check_share(successes, trials)
+    if trials == 0:
+        return None
+    z, p = float(scipy_stats.norm.ppf(0.5 + level / 2)), successes / trials
+    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), "wilson", trials)
+
+
+def _check_share(successes: int, trials: int) -> None:
+    if not 0 <= successes <= trials:
+        raise ValueError(f"expected 0 <= successes <= trials, found {successes} of {trials}")
+
+
+# ---- events in a series -------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class EventTime:
+    """When something happened in a series: `step`, or None if it had not by `horizon` (right-censored there)."""
+
+    step: int | None
+    horizon: int
+    cause: str  # drop | non_finite | passed | censored
+
+    @property
+    def censored(self) -> bool:
+        return self.step is None
+
+
+def window_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """Trailing means of `window` consecutive values, (n - window + 1,); entry i ends at value i + window - 1. Empty if too short."""
+    values = np.asarray(values, dtype=np.float64)
+    if window < 1:
+        raise ValueError(f"window: found {window}, allowed: >= 1")
+    if values.size < window:
+        return np.zeros(0)
+    return np.lib.stride_tricks.sliding_window_view(values, window).mean(axis=1)
+
+
+def collapse_time(
+    steps: Sequence[int], values: Sequence[float], drop: float, window: int, hold: int, relative: bool = False
+) -> EventTime | None:
+    """First step of a collapse: the window mean falls more than `drop` below its own earlier peak and stays there for `hold` means.
+
+    steps, values: (n,), one entry per iteration. With `relative`, `drop` is a share of the peak ("falls by half": 0.5). The step is
+    that of the first mean of the held stretch. A non-finite value is an event at its own step, whichever comes first. A fall that
+    the series ends before `hold` is complete does not count: censored at the last step. None if the series is shorter than
+    window + hold (nothing could have been seen) and finite.
+    """
+    steps, values = _series(steps, values)
+    broken = np.flatnonzero(~np.isfinite(values))
+    seen = values[: broken[0]] if broken.size else values
+    held = _first_held(_below_peak(window_mean(seen, window), drop, relative), hold)
+    horizon = int(steps[-1]) if steps.size else 0
+    if held is not None:
+        return EventTime(int(steps[held + window - 1]), horizon, "drop")
+    if broken.size:
+        return EventTime(int(steps[broken[0]]), horizon, "non_finite")
+    return EventTime(None, horizon, "censored") if values.size >= window + hold else None
+
+
+def _below_peak(means: np.ndarray, drop: float, relative: bool) -> np.ndarray:
+    if not means.size:
+        return np.zeros(0, dtype=bool)
+    peak = np.maximum.accumulate(means)
+    return means < peak - (drop * np.abs(peak) if relative else drop)
+
+
+def _first_held(flags: np.ndarray, hold: int) -> int | None:
+    """Index at which the first run of at least `hold` consecutive True begins."""
+    if hold < 1:
+        raise ValueError(f"hold: found {hold}, allowed: >= 1")
+    if flags.size < hold:
+        return None
+    starts = np.flatnonzero(np.lib.stride_tricks.sliding_window_view(flags, hold).all(axis=1))
+    return int(starts[0]) if starts.size else None
+
+
+def first_passage(steps: Sequence[int], values: Sequence[float], threshold: float, window: int) -> EventTime | None:
+    """First step at which the mean of the last `window` values is >= threshold; censored at the last step otherwise.
+
+    A window holding a non-finite value never passes. None if the series is shorter than the window.
+    """
+    steps, values = _series(steps, values)
+    means = window_mean(values, window)
+    if not means.size:
+        return None
+    passed = np.flatnonzero(np.isfinite(means) & (means >= threshold))
+    if passed.size:
+        return EventTime(int(steps[passed[0] + window - 1]), int(steps[-1]), "passed")
+    return EventTime(None, int(steps[-1]), "censored")
+
+
+def _series(steps, values) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
+    if steps.shape != values.shape or steps.ndim != 1:
+        raise ValueError(f"steps {steps.shape} and values {values.shape} must be two flat arrays of one length")
+    if (np.diff(steps) <= 0).any():
+        raise ValueError("steps must increase")
+    return steps, values
+
+
+def censored_median(times: Sequence[EventTime]) -> float | None:
+    """Median event time of launches seen to one horizon; None (beyond the horizon) if half of them or more are censored.
+
+    ValueError if horizons differ and a launch is censored: both arms must run to the same horizon to be compared.
+    """
+    if not times:
+        return None
+    if any(t.censored for t in times) and len({t.horizon for t in times}) > 1:
+        raise ValueError(f"censored times with different horizons: {sorted({t.horizon for t in times})}")
+    ordered = sorted(math.inf if t.censored else float(t.step) for t in times)
+    n = len(ordered)
+    median = ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2
+    return None if math.isinf(median) else median
+
+
+# ---- what a design can decide -------------------------------------------------------------------------------------------------
+
+def p_inside(mean: float, sd: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90) -> float:
+    """Probability that a Student-t interval over `num` normal launches lies inside `accept`: P(PASS).
+
+    mean, sd (between launches) and accept are on the scale of the interval (log for ratios); None in accept is an open end.
+    By quadrature over the chi-squared distribution of the sample variance; 0 with fewer than two launches.
+    """
+    lo, hi = _open_ends(accept)
+    return _over_sample_sd(sd, num, level, lambda half, se: np.maximum(
+        0.0, scipy_stats.norm.cdf((hi - half - mean) / se) - scipy_stats.norm.cdf((lo + half - mean) / se)))
+
+
+def p_disjoint(mean: float, sd: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90) -> float:
+    """Probability that the same interval lies wholly outside `accept`: P(FAIL)."""
+    lo, hi = _open_ends(accept)
+    return _over_sample_sd(sd, num, level, lambda half, se: (
+        scipy_stats.norm.sf((hi + half - mean) / se) + scipy_stats.norm.cdf((lo - half - mean) / se)))
+
+
+def _open_ends(accept) -> tuple[float, float]:
+    return (-math.inf if accept[0] is None else accept[0]), (math.inf if accept[1] is None else accept[1])
+
+
+def _over_sample_sd(sd: float, num: int, level: float, probability: Callable) -> float:
+    """Mean of probability(half width, standard error) over equally likely sample standard deviations."""
+    if num < 2:
+        return 0.0
+    if sd <= 0:
+        raise ValueError(f"sd: found {sd}, allowed: > 0")
+    midpoints = (np.arange(4000) + 0.5) / 4000
+    sample_sd = sd * np.sqrt(scipy_stats.chi2.ppf(midpoints, num - 1) / (num - 1))
+    half = _t_quantile(num, level) * sample_sd / math.sqrt(num)
+    return float(np.mean(probability(half, sd / math.sqrt(num))))
+
+
+def p_share_inside(rate: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90) -> float:
+    """Probability that the Clopper-Pearson interval of Binomial(num, rate) lies inside `accept`: P(PASS) of an event claim."""
+    lo, hi = _open_ends(accept)
+    return _over_counts(rate, num, level, lambda i: i.lo >= lo and i.hi <= hi)
+
+
+def p_share_disjoint(rate: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90) -> float:
+    """Probability that the same interval lies wholly outside `accept`: P(FAIL)."""
+    lo, hi = _open_ends(accept)
+    return _over_counts(rate, num, level, lambda i: i.hi < lo or i.lo > hi)
+
+
+def _over_counts(rate: float, num: int, level: float, decides: Callable[[Interval], bool]) -> float:
+    if num < 1:
+        return 0.0
+    intervals = (clopper_pearson(k, num, level) for k in range(num + 1))
+    return float(sum(scipy_stats.binom.pmf(k, num, rate) for k, interval in enumerate(intervals) if decides(interval)))
