@@ -1,0 +1,239 @@
+"""The algorithms as one table: a row says everything a loss needs to know, and cites the equation it implements.
+
+Notation (section 2 of the paper): pi is the training policy, mu the rollout policy that sampled y, theta' the weights
+at rollout time, theta the weights being updated, A the advantage of a response (constant over its tokens).
+
+    r_t   = pi(y_t|theta) / pi(y_t|theta')      PPO ratio, per token               "new/old"
+    rho_t = pi(y_t|theta') / mu(y_t|theta')     mismatch ratio, per token          "old/rollout"
+    w_t   = pi(y_t|theta) / mu(y_t|theta')      importance weight, per token       "new/rollout"
+    rho = prod_t rho_t,  w = prod_t w_t         the same for a whole response
+    P_t   = min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
+    sg[.] = stop-gradient,  C = cap,  L = aggregation_length (the response budget unless a task says otherwise)
+
+Every objective is maximised; `losses.policy_loss` returns its negative. Rows are plain data, so `suite validate` reads
+them without torch. To add an algorithm, add a row here and its formula in tests/test_losses.py.
+
+Sources: [VERL] the authors' VeRL code, [OAT] github.com/sail-sg/Precision-RL oat/main.py, [DAPO] arXiv 2503.14476,
+[GSPO] arXiv 2507.18071, [TIS] Yao et al., "Your efficient RL framework secretly brings you off-policy RL training".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+from suite.errors import TaskError
+
+ADVANTAGES = ("group_mean", "group_mean_std", "reward")
+RATIO_LEVELS = ("token", "sequence_mean", "none")
+WEIGHTS = ("none", "old/rollout", "new/rollout")
+CORRECTIONS = ("none", "truncate", "mask")
+CORRECTION_LEVELS = ("none", "token", "sequence")
+AGGREGATIONS = ("sum_over_length", "token_mean_per_sequence", "token_mean")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of the table; see the module docstring for the symbols.
+
+    A row with ratio_level "none" is a policy gradient: its term is A log pi(y_t|theta) instead of P_t. `weight` is the
+    stop-gradient factor in front of the term, taken per `correction_level`; `correction` says what happens above `cap`
+    ("none": nothing, "truncate": min(weight, C), "mask": the weight becomes 0).
+    """
+
+    name: str
+    formula: str
+    source: str
+    advantage: str = "group_mean"
+    ratio_level: str = "token"
+    clip_low: float | None = 0.2  # [VERL] [OAT]; None where there is no PPO ratio to clip
+    clip_high: float | None = 0.28  # [VERL]; the OAT scripts leave it at 0.2
+    dual_clip: float | None = None  # for A < 0 the term is at least dual_clip * A; inf switches it off
+    weight: str = "none"
+    correction: str = "none"
+    correction_level: str = "none"
+    cap: float | None = None
+    log_ratio_limit: float = 20.0  # [VERL] nats; every log-ratio is held below it before exp, so nothing overflows
+    aggregation: str = "sum_over_length"
+    aggregation_length: int | None = None  # tokens; None = the response budget of the rollout
+
+    @property
+    def needs_old_trainer_logprobs(self) -> bool:
+        """True if the loss uses pi(theta'): one more forward pass per rollout batch (about +25 % training cost)."""
+        return self.ratio_level != "none" or self.weight == "old/rollout"
+
+    @property
+    def needs_rollout_logprobs(self) -> bool:
+        """True if the loss uses mu; the suite keeps mu for every row anyway, since the mismatch is measured from it."""
+        return self.weight != "none"
+
+    def settings(self) -> dict:
+        """Every choice of the row by name, prose left out: what a record stores as the algorithm that ran."""
+        described = ("formula", "source")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in described}
+
+
+_POLICY_GRADIENT = {"ratio_level": "none", "clip_low": None, "clip_high": None}
+_RHO_TOKEN = {"weight": "old/rollout", "correction_level": "token"}
+_RHO_SEQUENCE = {"weight": "old/rollout", "correction_level": "sequence"}
+_W_SEQUENCE = {"weight": "new/rollout", "correction_level": "sequence"}
+
+_ROWS = (
+    Algorithm(
+        name="GRPO",
+        formula="sum_t P_t / L",
+        source='what the paper labels GRPO is Dr.GRPO: VeRL "PPO", OAT drgrpo; L = 8,192 in the sanity test',
+    ),
+    Algorithm(
+        name="GRPO-std",
+        formula="1/|y| sum_t P_t, with A divided by the group's standard deviation",
+        source="GRPO as first published (arXiv 2402.03300 eq. 3, without KL); OAT critic_type grpo",
+        advantage="group_mean_std",
+        aggregation="token_mean_per_sequence",
+    ),
+    Algorithm(
+        name="GRPO-Token-TIS",
+        formula="sum_t sg[min(rho_t, C)] P_t / L",
+        source="[TIS]; VeRL C = 3, OAT C = 2",
+        correction="truncate",
+        cap=3.0,
+        **_RHO_TOKEN,
+    ),
+    Algorithm(
+        name="GRPO-Seq-TIS",
+        formula="sg[min(rho, C)] sum_t P_t / L",
+        source="VeRL only, C = 3",
+        correction="truncate",
+        cap=3.0,
+        **_RHO_SEQUENCE,
+    ),
+    Algorithm(
+        name="GRPO-Seq-MIS",
+        formula="sg[rho 1{rho <= C}] sum_t P_t / L",
+        source='Liu, Li et al., "When Speed Kills Stability"; VeRL C = 3, OAT C = 10',
+        correction="mask",
+        cap=3.0,
+        **_RHO_SEQUENCE,
+    ),
+    Algorithm(
+        name="GSPO",
+        formula="1/|y| sum_t min(s_t A, clip(s_t, 1 - clip_low, 1 + clip_high) A), "
+        "s = exp(mean_t log r_t), s_t = sg[s] pi_t / sg[pi_t]",
+        source="[GSPO] eq. 5 and 13; VeRL Vanilla-GSPO; OAT divides A by the group's standard deviation, VeRL does not",
+        ratio_level="sequence_mean",
+        clip_low=3e-4,
+        clip_high=4e-4,
+        aggregation="token_mean_per_sequence",
+    ),
+    Algorithm(
+        name="PG-Seq-IS",
+        formula="sg[w] A sum_t log pi(y_t|theta) / L",
+        source="VeRL PG-Seq-IS (log w held at 20), OAT use_seq_is with cap inf",
+        **_W_SEQUENCE,
+        **_POLICY_GRADIENT,
+    ),
+    Algorithm(
+        name="PG-Seq-TIS",
+        formula="sg[min(w, C)] A sum_t log pi(y_t|theta) / L",
+        source='VeRL C = 3; this is also what the OAT scripts named "seq_mis" do (C = 3: they clamp and never mask)',
+        correction="truncate",
+        cap=3.0,
+        **_W_SEQUENCE,
+        **_POLICY_GRADIENT,
+    ),
+    Algorithm(
+        name="PG-Seq-MIS",
+        formula="sg[w 1{w <= C}] A sum_t log pi(y_t|theta) / L",
+        source="VeRL C = 3, where clamping w pi_t/sg[pi_t] at C zeroes the gradient above C",
+        correction="mask",
+        cap=3.0,
+        **_W_SEQUENCE,
+        **_POLICY_GRADIENT,
+    ),
+    Algorithm(
+        name="Token-IS-PG",
+        formula="sum_t sg[min(w_t, C)] A log pi(y_t|theta) / L",
+        source="OAT use_token_is; C = inf is the script's default",
+        weight="new/rollout",
+        correction="truncate",
+        correction_level="token",
+        cap=math.inf,
+        **_POLICY_GRADIENT,
+    ),
+    Algorithm(
+        name="REINFORCE",
+        formula="R sum_t log pi(y_t|theta) / L",
+        source="Williams 1992: a control, no baseline, no correction, on-policy only",
+        advantage="reward",
+        **_POLICY_GRADIENT,
+    ),
+    Algorithm(
+        name="DAPO",
+        formula="sum over the mini-batch of P_t / number of its tokens; for A < 0: max(P_t, dual_clip A)",
+        source="[DAPO] eq. 8, clip-higher 0.2/0.28; dual clip 10 from the paper's dense-14B table; "
+        "dynamic sampling belongs to the loop",
+        advantage="group_mean_std",
+        dual_clip=10.0,
+        aggregation="token_mean",
+    ),
+)
+
+ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in _ROWS}
+
+# --- overrides from a task file --------------------------------------------------------------------------------------
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _one_of(*choices: str):
+    return "one of " + ", ".join(choices), lambda value: value in choices
+
+
+_POSITIVE = ("a number above 0 (.inf allowed)", lambda value: _is_number(value) and value > 0)
+
+OVERRIDES = {  # key: (what is allowed, in words; the check; does the row have such a thing at all)
+    "clip_low": ("a number in (0, 1]", lambda v: _is_number(v) and 0 < v <= 1, lambda row: row.clip_low is not None),
+    "clip_high": (*_POSITIVE, lambda row: row.clip_high is not None),
+    "dual_clip": (
+        "a number above 1 (.inf switches it off)",
+        lambda v: _is_number(v) and v > 1,
+        lambda row: row.ratio_level == "token",
+    ),
+    "cap": (*_POSITIVE, lambda row: row.correction != "none"),
+    "log_ratio_limit": (
+        "a number in (0, 80], so that its exp fits fp32",
+        lambda v: _is_number(v) and 0 < v <= 80,
+        lambda row: row.ratio_level != "none" or row.weight != "none",
+    ),
+    "advantage": (*_one_of(*ADVANTAGES), lambda row: True),
+    "aggregation": (*_one_of(*AGGREGATIONS), lambda row: True),
+    "aggregation_length": (
+        "a whole number of tokens above 0, with aggregation sum_over_length",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
+        lambda row: row.aggregation == "sum_over_length",
+    ),
+}
+
+
+def resolve(name: str, *, file: str = "algorithm settings", **overrides) -> Algorithm:
+    """The row called `name`, with a task's overrides put in; an override of None keeps the row's default.
+
+    `file` is only named in errors. Raises TaskError for an unknown name, an unknown key, a value out of range, and for
+    a key the row has no use for (a cap on GRPO, a clip on PG-Seq-IS): no argument is accepted and then ignored.
+    """
+    if name not in ALGORITHMS:
+        raise TaskError(file, "algorithm.name", name, "one of " + ", ".join(ALGORITHMS))
+    row = ALGORITHMS[name]
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    for key, value in chosen.items():
+        if key not in OVERRIDES:
+            raise TaskError(file, f"algorithm.{key}", value, "one of the keys " + ", ".join(OVERRIDES))
+        if not OVERRIDES[key][1](value):
+            raise TaskError(file, f"algorithm.{key}", value, OVERRIDES[key][0])
+    resolved = replace(row, **chosen)
+    for key, value in chosen.items():
+        if not OVERRIDES[key][2](resolved if key == "aggregation_length" else row):
+            raise TaskError(file, f"algorithm.{key}", value, f"nothing: {name} has no {key}", f"{name}: {row.formula}")
+    return resolved

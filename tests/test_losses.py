@@ -1,0 +1,488 @@
+"""Every row's loss and gradient against slow loops over plain floats, written from the formulas, with no autograd."""
+
+import math
+from typing import get_type_hints
+
+import pytest
+import torch
+from jaxtyping import jaxtyped
+
+from suite.algorithms import ALGORITHMS, resolve
+from suite.losses import LossStatistics, advantages, policy_loss
+
+EVERY_ROW = pytest.mark.parametrize("name", ALGORITHMS)
+LENGTH_NORM = 16
+
+# --- the slow references ---------------------------------------------------------------------------------------------
+# Each takes one response (lists of log-probs, its advantage) and gives per token (term, d term / d log pi(y_t|theta)).
+
+
+def ppo_terms(new, old, advantage, low=0.2, high=0.28, dual=None):
+    terms = []
+    for log_pi, log_old in zip(new, old, strict=True):
+        ratio = math.exp(log_pi - log_old)
+        clipped_ratio = min(max(ratio, 1 - low), 1 + high)
+        value, slope = ratio * advantage, ratio * advantage
+        if clipped_ratio * advantage < value:
+            value, slope = clipped_ratio * advantage, 0.0
+        if dual is not None and advantage < 0 and value < dual * advantage:
+            value, slope = dual * advantage, 0.0
+        terms.append((value, slope))
+    return terms
+
+
+def scaled(terms, weights):
+    return [(w * value, w * slope) for (value, slope), w in zip(terms, weights, strict=True)]
+
+
+def token_tis(new, old, mu, a):
+    return scaled(ppo_terms(new, old, a), [min(math.exp(o - m), 3.0) for o, m in zip(old, mu, strict=True)])
+
+
+def seq_tis(new, old, mu, a):
+    rho = math.prod(math.exp(o - m) for o, m in zip(old, mu, strict=True))
+    return scaled(ppo_terms(new, old, a), [min(rho, 3.0)] * len(new))
+
+
+def seq_mis(new, old, mu, a):
+    rho = math.prod(math.exp(o - m) for o, m in zip(old, mu, strict=True))
+    return scaled(ppo_terms(new, old, a), [rho if rho <= 3.0 else 0.0] * len(new))
+
+
+def gspo(new, old, mu, a):
+    s = math.exp(sum(n - o for n, o in zip(new, old, strict=True)) / len(new))
+    clipped = min(max(s, 1 - 3e-4), 1 + 4e-4)
+    return [(clipped * a, 0.0) if clipped * a < s * a else (s * a, s * a)] * len(new)
+
+
+def policy_gradient(new, weights, a):
+    return [(w * a * log_pi, w * a) for log_pi, w in zip(new, weights, strict=True)]
+
+
+def sequence_weight(new, mu):
+    return math.prod(math.exp(n - m) for n, m in zip(new, mu, strict=True))
+
+
+def pg_is(new, old, mu, a):
+    return policy_gradient(new, [sequence_weight(new, mu)] * len(new), a)
+
+
+def pg_tis(new, old, mu, a):
+    return policy_gradient(new, [min(sequence_weight(new, mu), 3.0)] * len(new), a)
+
+
+def pg_mis(new, old, mu, a):
+    w = sequence_weight(new, mu)
+    return policy_gradient(new, [w if w <= 3.0 else 0.0] * len(new), a)
+
+
+def token_is(new, old, mu, a):
+    return policy_gradient(new, [math.exp(n - m) for n, m in zip(new, mu, strict=True)], a)
+
+
+REFERENCES = {  # name: (terms of one response, divisor of a response's sum: L, its own length, or the batch's tokens)
+    "GRPO": (lambda new, old, mu, a: ppo_terms(new, old, a), "L"),
+    "GRPO-std": (lambda new, old, mu, a: ppo_terms(new, old, a), "length"),
+    "GRPO-Token-TIS": (token_tis, "L"),
+    "GRPO-Seq-TIS": (seq_tis, "L"),
+    "GRPO-Seq-MIS": (seq_mis, "L"),
+    "GSPO": (gspo, "length"),
+    "PG-Seq-IS": (pg_is, "L"),
+    "PG-Seq-TIS": (pg_tis, "L"),
+    "PG-Seq-MIS": (pg_mis, "L"),
+    "Token-IS-PG": (token_is, "L"),
+    "REINFORCE": (lambda new, old, mu, a: policy_gradient(new, [1.0] * len(new), a), "L"),
+    "DAPO": (lambda new, old, mu, a: ppo_terms(new, old, a, dual=10.0), "tokens"),
+}
+
+
+def reference(name, batch):
+    """(loss, gradient as nested lists (B, T)) of a batch, in Python floats."""
+    terms_of, divisor = REFERENCES[name]
+    rows = [[t for t, m in enumerate(mask) if m] for mask in batch["loss_mask"].tolist()]
+    total_tokens = sum(map(len, rows))
+    loss, gradient = 0.0, [[0.0] * batch["loss_mask"].shape[1] for _ in rows]
+    for b, columns in enumerate(rows):
+        if not columns:
+            continue
+        new, old, mu = ([batch[k][b][t].item() for t in columns] for k in ("new", "old", "mu"))
+        scale = {"L": LENGTH_NORM * len(rows), "length": len(columns) * len(rows), "tokens": total_tokens}[divisor]
+        for t, (value, slope) in zip(columns, terms_of(new, old, mu, batch["advantages"][b].item()), strict=True):
+            loss -= value / scale
+            gradient[b][t] = -slope / scale
+    return loss, gradient
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def make_batch(seed=0, num=24, width=9, spread=0.3, dtype=torch.float64):
+    """Random responses of 1 to `width` tokens; ratios crowd around the clip edges and the caps on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    new = -normal(num, width).abs() - 0.05
+    edges = torch.tensor([0.8, 1.28, 1 - 3e-4, 1 + 4e-4, 1.0, 10.0]).double().log()
+    near = edges[torch.randint(len(edges), (num, width), generator=generator)] + 1e-5 * normal(num, width)
+    random = spread * normal(num, width)
+    old = new - torch.where(torch.rand(num, width, generator=generator) < 0.5, near, random)
+    old[: num // 3] = new[: num // 3] - 5e-4 * normal(num // 3, width)  # some sequences inside GSPO's narrow range
+    mu = old - 2 * spread * normal(num, width)  # wide enough that single tokens pass the cap of 3 too
+    lengths = torch.randint(1, width + 1, (num,), generator=generator)
+    lengths[0], lengths[1] = 1, width  # a single token; a response cut off at the budget
+    mask = torch.arange(width) < lengths[:, None]
+    batch = {"new": new, "old": old, "mu": mu, "advantages": normal(num)}
+    return {k: v.to(dtype) for k, v in batch.items()} | {"loss_mask": mask}
+
+
+def run(name, batch, num_sequences=None, num_tokens=None, **overrides):
+    """(output, gradient of the loss with respect to log pi(theta) (B, T))."""
+    new = batch["new"].clone().requires_grad_()
+    output = policy_loss(
+        resolve(name, **overrides),
+        new,
+        batch["old"],
+        batch["mu"],
+        batch["loss_mask"],
+        batch["advantages"],
+        num_sequences=num_sequences or len(new),
+        num_tokens=num_tokens or int(batch["loss_mask"].sum()),
+        length_norm=LENGTH_NORM,
+    )
+    (gradient,) = torch.autograd.grad(output.loss, new)
+    return output, gradient
+
+
+def rows_of(batch, index):
+    return {k: v[index] for k, v in batch.items()}
+
+
+# --- values and gradients --------------------------------------------------------------------------------------------
+
+
+def test_every_row_has_a_reference():
+    assert set(REFERENCES) == set(ALGORITHMS)
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradient_equal_the_formula_in_fp64(name, seed):
+    batch = make_batch(seed)
+    output, gradient = run(name, batch)
+    loss, expected = reference(name, batch)
+    assert output.loss.item() == pytest.approx(loss, rel=1e-12, abs=1e-14)
+    torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-14)
+
+
+@EVERY_ROW
+def test_the_random_batch_reaches_both_sides_of_every_bound(name):
+    """Otherwise the comparison above would not have tested the clip, the cap or the mask."""
+    statistics = run(name, make_batch(), **({"cap": 1.05} if name == "Token-IS-PG" else {}))[0].metrics
+    row = ALGORITHMS[name]
+    if row.ratio_level != "none":
+        assert 0 < statistics["clip_fraction"] < 1
+    if row.correction != "none":
+        assert 0 < statistics[{"truncate": "truncated_fraction", "mask": "masked_fraction"}[row.correction]] < 1
+
+
+@EVERY_ROW
+def test_fp32_agrees_with_fp64(name):
+    loss, expected = reference(name, make_batch(spread=0.1))
+    output, gradient = run(name, make_batch(spread=0.1, dtype=torch.float32))
+    assert output.loss.dtype == torch.float32
+    # a ratio within fp32 rounding of a clip edge may fall on its other side: allow for one token in a hundred
+    differing = (gradient - torch.tensor(expected)).abs() > 1e-6
+    assert differing.double().mean() < 0.01 and output.loss.item() == pytest.approx(loss, abs=1e-3)
+
+
+def test_one_token_by_hand():
+    one = {"new": [[-1.0]], "old": [[-1.0 - math.log(1.5)]], "mu": [[-1.0 - math.log(1.5) - math.log(2.0)]]}
+    batch = {k: torch.tensor(v).double() for k, v in one.items()}
+    batch |= {"loss_mask": torch.ones(1, 1, dtype=torch.bool), "advantages": torch.tensor([2.0]).double()}
+    # r = 1.5 is clipped to 1.28: P = 2.56, no gradient; rho = 2 is below C = 3; w = 3
+    assert run("GRPO", batch)[0].loss.item() == pytest.approx(-2.56 / LENGTH_NORM)
+    assert run("GRPO", batch)[1].item() == 0.0
+    assert run("GRPO-Token-TIS", batch)[0].loss.item() == pytest.approx(-5.12 / LENGTH_NORM)
+    assert run("PG-Seq-IS", batch)[1].item() == pytest.approx(-3.0 * 2.0 / LENGTH_NORM)
+    batch["advantages"] = torch.tensor([-2.0]).double()  # now the clip does not bind: r A = -3, gradient r A
+    assert run("GRPO", batch)[0].loss.item() == pytest.approx(3.0 / LENGTH_NORM)
+    assert run("GRPO", batch)[1].item() == pytest.approx(3.0 / LENGTH_NORM)
+
+
+def test_gspo_passes_each_token_the_gradient_of_the_sequence_ratio():
+    """Straight-through: s is constant, s_t = s pi_t / sg[pi_t], so every token gets s A / |y|, not its own ratio."""
+    old = torch.tensor([[-1.0, -2.0, -0.5]]).double()
+    new = old + torch.tensor([[3e-4, -6e-4, 6e-4]]).double()  # mean 1e-4: inside the clip although tokens are not
+    batch = {"new": new, "old": old, "mu": old, "advantages": torch.tensor([1.5]).double()}
+    batch["loss_mask"] = torch.ones(1, 3, dtype=torch.bool)
+    gradient = run("GSPO", batch)[1]
+    torch.testing.assert_close(gradient, torch.full((1, 3), -math.exp(1e-4) * 1.5 / 3).double())
+    batch["new"] = old + 5e-4  # beyond 1 + 4e-4 with A > 0: clipped, no gradient anywhere
+    assert (run("GSPO", batch)[1] == 0).all()
+
+
+def test_gspo_does_not_use_the_rollout_policy():
+    batch = make_batch()
+    torch.testing.assert_close(run("GSPO", batch)[1], run("GSPO", batch | {"mu": batch["mu"] - 1.0})[1])
+
+
+@pytest.mark.parametrize("name", ["PG-Seq-MIS", "GRPO-Seq-MIS"])
+def test_masking_zeroes_the_gradient_above_the_cap_and_only_there(name):
+    batch = make_batch()
+    numerator = batch["new"] if name == "PG-Seq-MIS" else batch["old"]
+    log_weight = torch.where(batch["loss_mask"], numerator - batch["mu"], 0.0).sum(1)
+    above = log_weight > math.log(3.0)
+    gradient = run(name, batch)[1]
+    assert above.any() and not above.all()
+    assert (gradient[above] == 0).all()
+    kept = gradient[~above].abs().sum(1) > 0
+    assert kept.all() if name == "PG-Seq-MIS" else kept.any()
+
+
+def test_truncation_keeps_the_gradient_that_masking_drops():
+    batch = make_batch()
+    masked, truncated = run("PG-Seq-MIS", batch)[1], run("PG-Seq-TIS", batch)[1]
+    dropped = (masked == 0).all(1)
+    assert (truncated[dropped].abs().sum(1) > 0).all()
+    torch.testing.assert_close(masked[~dropped], truncated[~dropped])
+
+
+# --- invariances -----------------------------------------------------------------------------------------------------
+
+
+@EVERY_ROW
+def test_on_policy_every_row_has_the_gradient_of_reinforce_up_to_its_normaliser(name):
+    batch = make_batch()
+    batch |= {"old": batch["new"], "mu": batch["new"]}
+    gradient, plain = run(name, batch)[1], run("REINFORCE", batch)[1]
+    lengths = batch["loss_mask"].sum(1, keepdim=True).double()
+    normaliser = {
+        "sum_over_length": torch.ones(1).double(),
+        "token_mean_per_sequence": LENGTH_NORM / lengths,
+        "token_mean": LENGTH_NORM / lengths.mean(),
+    }[ALGORITHMS[name].aggregation]
+    torch.testing.assert_close(gradient, plain * normaliser, rtol=1e-12, atol=0)
+
+
+@EVERY_ROW
+def test_micro_batches_add_up_to_the_mini_batch(name):
+    batch = make_batch()
+    total = int(batch["loss_mask"].sum())
+    whole, gradient = run(name, batch)
+    parts = [run(name, rows_of(batch, slice(i, i + 5)), 24, total) for i in range(0, 24, 5)]
+    torch.testing.assert_close(sum(p.loss for p, _ in parts), whole.loss)
+    torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient)
+    merged = sum((p.statistics for p, _ in parts[1:]), parts[0][0].statistics)
+    assert isinstance(merged, LossStatistics) and merged.metrics() == pytest.approx(whole.metrics)
+
+
+@EVERY_ROW
+def test_the_order_of_the_responses_does_not_matter(name):
+    batch = make_batch()
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(run(name, rows_of(batch, order))[1], run(name, batch)[1][order])
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("filling", [math.inf, -math.inf, math.nan, 1e30])
+def test_padding_may_hold_anything(name, filling):
+    batch = make_batch()
+    dirty = {k: torch.where(batch["loss_mask"], batch[k], filling) for k in ("new", "old", "mu")}
+    clean_output, clean_gradient = run(name, batch)
+    output, gradient = run(name, batch | dirty)
+    assert torch.equal(output.loss, clean_output.loss) and torch.equal(gradient, clean_gradient)
+    assert output.metrics == clean_output.metrics
+    assert (gradient[~batch["loss_mask"]] == 0).all()
+
+
+@EVERY_ROW
+def test_more_padding_changes_nothing(name):
+    batch = make_batch()
+    wider = {k: torch.cat([batch[k], torch.full((24, 4), -7.0).double()], 1) for k in ("new", "old", "mu")}
+    wider["loss_mask"] = torch.cat([batch["loss_mask"], torch.zeros(24, 4, dtype=torch.bool)], 1)
+    torch.testing.assert_close(run(name, batch | wider)[1][:, :-4], run(name, batch)[1])
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("shifted", ["new", "old", "mu"])
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_overflowing_ratio_leaves_loss_gradient_and_metrics_finite(name, shifted, shift, dtype):
+    batch = make_batch(dtype=dtype)
+    batch[shifted][2] += shift
+    output, gradient = run(name, batch)
+    assert torch.isfinite(output.loss) and torch.isfinite(gradient).all()
+    assert all(math.isfinite(value) for value in output.metrics.values())
+    untouched = torch.arange(24) != 2
+    torch.testing.assert_close(gradient[untouched], run(name, make_batch(dtype=dtype))[1][untouched])
+
+
+def test_an_overflowing_weight_is_masked_truncated_or_held_at_the_limit_as_its_row_says():
+    batch = rows_of(make_batch(), slice(1, 2))  # one full-length response
+    batch["mu"] = batch["new"] - 1e4
+    a, length = batch["advantages"].item(), batch["new"].shape[1]
+    for name, weight in [("PG-Seq-MIS", 0.0), ("PG-Seq-TIS", 3.0), ("PG-Seq-IS", math.exp(20)), ("REINFORCE", 1.0)]:
+        gradient = run(name, batch)[1]
+        torch.testing.assert_close(gradient, torch.full((1, length), -weight * a / LENGTH_NORM).double())
+
+
+def test_the_dual_clip_bounds_a_negative_advantage_and_can_be_switched_off():
+    batch = rows_of(make_batch(), slice(1, 2)) | {"advantages": torch.tensor([-1.0]).double()}
+    batch["old"] = batch["new"] - math.log(12.0)
+    length = batch["new"].shape[1]
+    bounded, gradient = run("DAPO", batch)
+    assert bounded.loss.item() == pytest.approx(10.0) and (gradient == 0).all()
+    assert bounded.metrics["clip_fraction"] == 1.0
+    free, gradient = run("DAPO", batch, dual_clip=math.inf)
+    assert free.loss.item() == pytest.approx(12.0)
+    torch.testing.assert_close(gradient, torch.full((1, length), 12.0 / length).double())
+
+
+@EVERY_ROW
+def test_groups_of_equal_rewards_give_no_gradient(name):
+    kind = ALGORITHMS[name].advantage
+    rewards, groups = torch.tensor([0.0] * 12 + [0.3 if kind != "reward" else 0.0] * 12), torch.arange(24) // 4
+    batch = make_batch() | {"advantages": advantages(rewards, groups, kind).double()}
+    output, gradient = run(name, batch)
+    assert output.loss.item() == 0 and (gradient == 0).all()
+
+
+@EVERY_ROW
+def test_an_empty_response_contributes_nothing_but_is_counted_in_the_mean(name):
+    batch = make_batch()
+    batch["loss_mask"][5] = False
+    output, gradient = run(name, batch)
+    loss, expected = reference(name, batch)
+    assert output.loss.item() == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(gradient, torch.tensor(expected).double())
+    nothing = run(name, batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])}, num_tokens=1)
+    assert nothing[0].loss.item() == 0 and (nothing[1] == 0).all() and nothing[0].metrics == {}
+
+
+@EVERY_ROW
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_under_the_mask_is_not_hidden(name, bad):
+    """A nan weight must not be masked away: the trainer has to see it, skip the step and count it."""
+    for key in ["new"] + ["mu"] * (ALGORITHMS[name].weight != "none" and math.isnan(bad)):
+        batch = make_batch()
+        batch[key][3, 0] = bad
+        output, _ = run(name, batch)
+        bounded_by_the_ratio_limit = ALGORITHMS[name].ratio_level == "token" and not math.isnan(bad)
+        assert bounded_by_the_ratio_limit or not math.isfinite(output.loss.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_logprobs_are_summed_in_fp32(dtype):
+    """4,096 tokens of log-ratio 2^-12 sum to 1; in 16 bits the sum would stall far below."""
+    new = torch.full((1, 4096), -1.0, dtype=dtype)
+    mu = torch.full((1, 4096), -1.0 - 2**-12)
+    batch = {"new": new, "old": new, "mu": mu, "advantages": torch.ones(1)}
+    batch["loss_mask"] = torch.ones(1, 4096, dtype=torch.bool)
+    output = run("PG-Seq-IS", batch)[0]
+    assert output.loss.dtype == torch.float32
+    assert output.metrics["importance_weight_max"] == pytest.approx(math.e, rel=1e-5)
+
+
+# --- what the metrics say --------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+    """Two responses with w = 1 and w = 4 under a cap of 3: (1 + 4)^2 / (2 (1 + 16)) = 25/34."""
+    new = torch.tensor([[-1.0, 99.0], [-1.0, -1.0]]).double()
+    mu = new - torch.tensor([[0.0, 0.0], [math.log(2.0), math.log(2.0)]]).double()
+    mask = torch.tensor([[True, False], [True, True]])
+    batch = {"new": new, "old": mu, "mu": mu, "advantages": torch.tensor([1.0, 1.0]).double(), "loss_mask": mask}
+    raw = {"importance_weight_mean": 2.5, "importance_weight_max": 4.0, "effective_sample_size": 25 / 34}
+    unclipped = {"clip_fraction": 0.0, "log_ratio_limited_fraction": 0.0}
+    mis = raw | unclipped | {"correction_mean": 0.5, "truncated_fraction": 0.0, "masked_fraction": 0.5}
+    tis = raw | unclipped | {"correction_mean": 2.0, "truncated_fraction": 0.5, "masked_fraction": 0.0}
+    assert run("PG-Seq-MIS", batch)[0].metrics == pytest.approx(mis)
+    assert run("PG-Seq-TIS", batch)[0].metrics == pytest.approx(tis)
+    grpo = raw | unclipped | {"clip_fraction": 2 / 3}  # r = 2 on two of three tokens, A > 0
+    assert run("GRPO", batch)[0].metrics == pytest.approx(grpo), "a row without a weight reports no correction"
+
+
+# --- advantages ------------------------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand_with_groups_interleaved():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0, 2.0])
+    groups = torch.tensor([7, 2, 7, 2, 7])  # 7: 1, 0, 2 (mean 1, std 1); 2: 0, 3 (mean 1.5, std 3/sqrt 2)
+    assert advantages(rewards, groups, "group_mean").tolist() == [0.0, -1.5, -1.0, 1.5, 1.0]
+    expected = [0.0, -(0.5**0.5), -1.0, 0.5**0.5, 1.0]
+    assert advantages(rewards, groups, "group_mean_std").tolist() == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(advantages(rewards, groups, "reward"), rewards)
+
+
+@pytest.mark.parametrize("kind", ["group_mean", "group_mean_std"])
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3, -1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_and_groups_of_one_give_exactly_zero(kind, value, dtype):
+    rewards = torch.full((8,), value, dtype=dtype)
+    assert (advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1, 1, 2]), kind) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["group_mean", "group_mean_std"])
+def test_advantages_do_not_change_when_every_reward_of_a_group_shifts(kind):
+    rewards, groups = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    shifted = rewards + torch.tensor([5.0, 5.0, 5.0, -2.0, -2.0, -2.0])
+    torch.testing.assert_close(advantages(rewards, groups, kind), advantages(shifted, groups, kind))
+
+
+def test_advantages_refuse_what_they_cannot_use():
+    groups = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="group_mean_std"):
+        advantages(torch.zeros(2), groups, "gae")
+    with pytest.raises(ValueError, match="not finite"):
+        advantages(torch.tensor([0.0, math.nan]), groups, "group_mean")
+
+
+# --- broken inputs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"old_trainer_logprobs": None}, "needs old_trainer_logprobs"),
+        ({"length_norm": None}, "length_norm"),
+        ({"num_sequences": 0}, "num_sequences"),
+        ({"advantages": torch.zeros(4, 1)}, r"advantages has shape \(4, 1\)"),
+        ({"rollout_logprobs": torch.zeros(4)}, "rollout_logprobs has shape"),
+        ({"loss_mask": torch.ones(4, 3)}, "torch.bool"),
+    ],
+)
+def test_missing_or_misshapen_inputs_are_refused(change, says):
+    arguments = {"num_sequences": 4, "length_norm": 16, "loss_mask": torch.ones(4, 3, dtype=torch.bool)}
+    arguments |= {k: torch.zeros(4, 3) for k in ("new_logprobs", "old_trainer_logprobs", "rollout_logprobs")}
+    with pytest.raises(ValueError, match=says):
+        policy_loss(ALGORITHMS["GRPO"], **(arguments | {"advantages": torch.zeros(4)} | change))
+
+
+def test_token_mean_needs_the_token_count_of_the_mini_batch():
+    arguments = [torch.zeros(2, 3)] * 3 + [torch.ones(2, 3, dtype=torch.bool), torch.zeros(2)]
+    with pytest.raises(ValueError, match="num_tokens"):
+        policy_loss(ALGORITHMS["DAPO"], *arguments, num_sequences=2)
+
+
+def fits_signature(function, *arguments):
+    """True if the arguments have the dtypes and, taken together, the shapes of the function's jaxtyping annotations."""
+    hints = list(get_type_hints(function).values())
+    with jaxtyped("context"):  # binds B, T and N across the arguments of one call
+        return all(isinstance(argument, hint) for argument, hint in zip(arguments, hints, strict=False))
+
+
+def test_the_shapes_in_the_signatures_are_the_shapes_the_functions_take():
+    groups, mask = torch.zeros(2, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool)
+    assert fits_signature(advantages, torch.zeros(2), groups, "reward")
+    assert not fits_signature(advantages, torch.zeros(3), groups, "reward")
+    logprobs, advantage = torch.zeros(2, 3), torch.zeros(2)
+    good = (ALGORITHMS["GRPO"], logprobs, logprobs, logprobs, mask, advantage)
+    assert fits_signature(policy_loss, *good) and policy_loss(*good, num_sequences=2, length_norm=3).loss.shape == ()
+    assert fits_signature(policy_loss, ALGORITHMS["REINFORCE"], logprobs, None, logprobs, mask, advantage)
+    assert not fits_signature(policy_loss, *good[:-1], torch.zeros(3))
+    assert not fits_signature(policy_loss, *good[:4], mask.float(), advantage)
