@@ -1,0 +1,224 @@
+"""Processes that run math-verify and may be killed: the hard time limit of the rewards.
+
+math-verify can hang (towers of exponents, long sums) or fill the memory (large powers), and its own time limit is a
+signal, which works in the main thread only. Here a job that is late costs its worker: killed, replaced, and the job is
+reported as `timeout`; a worker that dies is replaced and its job is `crashed`; memory is capped by the kernel. The pool
+may be called from any thread and from inside somebody else's worker process.
+"""
+
+import functools
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+WORKER_MEMORY_BYTES = 1 << 30  # address space; math-verify with sympy needs about a tenth of it
+WORKER_START_SECONDS = 120.0
+
+
+# --- the worker's side: may hang, may die -----------------------------------------------------------------------------
+
+
+def parses(text: str) -> str:
+    """How math-verify reads `text`: `expression` (as a sympy object), `text` (only as a string) or `nothing`."""
+    from math_verify import parse
+
+    found = parse(text, parsing_timeout=None)
+    return "nothing" if not found else "text" if all(isinstance(one, str) for one in found) else "expression"
+
+
+def boxed(answer: str) -> str:
+    r"""As math-verify has to be given it: 160 of the 1,460 published gold answers do not parse bare, all do in a box.
+
+    Even in a box it takes `a + b + c` for the text `a +`, and `20,\!000` or a final period keep an answer from being a
+    number: blanks around + and -, thousands separators and that period go first.
+    """
+    answer = re.sub(r",\s*\\!\s*(?=\d{3})", "", answer.strip().rstrip("."))
+    return "\\boxed{" + re.sub(r"\s*([+-])\s*", r"\1", answer) + "}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed_gold(gold: str):
+    from math_verify import parse
+
+    return parse(boxed(gold), parsing_timeout=None)
+
+
+def equivalent(answer: str, *golds: str) -> bool:
+    """Whether math-verify finds `answer` equal to one of `golds`. No time limit of its own: call it through Workers."""
+    from math_verify import parse, verify
+
+    found = parse(boxed(answer), parsing_timeout=None)
+    return any(verify(_parsed_gold(gold), found, timeout_seconds=None) for gold in golds)
+
+
+OPERATIONS = {"parses": parses, "equivalent": equivalent}
+
+
+def worker_main(cpu_seconds: float) -> None:
+    """Answer jobs, one JSON line each, until the pipe closes. Runs in a process of its own."""
+    import logging
+    import resource
+
+    import math_verify  # noqa: F401  an import error shows on the caller's stderr, before any answer is judged
+
+    logging.disable(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    hard_cpu = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)  # whatever a library prints must not be taken for an answer
+    os.dup2(null, 2)
+    answers.write(b'"ready"\n')
+    for line in jobs:
+        # Should the caller be killed while a job hangs, nobody kills this process but the kernel.
+        limit = int(time.process_time() + cpu_seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (limit if hard_cpu < 0 else min(limit, hard_cpu), hard_cpu))
+        operation, *arguments = json.loads(line)
+        answers.write(json.dumps(OPERATIONS[operation](*arguments)).encode() + b"\n")
+
+
+# --- the caller's side: a few workers that can be killed --------------------------------------------------------------
+
+
+class _Worker:
+    """One worker process and the job it holds."""
+
+    def __init__(self, timeout_seconds: float):
+        root = str(Path(__file__).resolve().parents[1])
+        paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        # A fresh interpreter, not a fork: the caller may hold threads, a GPU or an engine that must not be inherited.
+        code = f"from suite.workers import worker_main; worker_main({2 * timeout_seconds + 5})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for the caller
+        )  # fmt: skip
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.ready, self.job, self.buffer = False, None, b""
+        self.deadline = time.monotonic() + WORKER_START_SECONDS
+
+    def give(self, index: int, job: tuple, timeout_seconds: float) -> None:
+        self.job, self.deadline = index, time.monotonic() + timeout_seconds
+        try:
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+        except BrokenPipeError:
+            pass  # it died while idle; its closed stdout says so at the next read
+
+    def read(self) -> str | None:
+        """A whole line if there is one, "" if not yet, None if the process has closed its end."""
+        chunk = self.process.stdout.read(1 << 16)
+        if chunk == b"":
+            return None
+        self.buffer += chunk or b""
+        line, newline, rest = self.buffer.partition(b"\n")
+        if newline:
+            self.buffer = rest
+        return line.decode() if newline else ""
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+class Workers:
+    """A pool that runs OPERATIONS in processes that may be killed, with a deadline for each job.
+
+    `run` may be called from any thread; calls take turns. Processes start at the first job and end with `close`, or
+    when the calling process does.
+    """
+
+    def __init__(self, num_workers: int = 2, timeout_seconds: float = 5.0):
+        if num_workers < 1 or timeout_seconds <= 0:
+            raise ValueError(f"need num_workers >= 1, timeout_seconds > 0, found {num_workers}, {timeout_seconds}")
+        self.num_workers, self.timeout_seconds = num_workers, timeout_seconds
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        with self._lock:
+            while self._workers:
+                self._workers.pop().stop()
+
+    def run(self, jobs: Sequence[tuple]) -> list[tuple[str, object]]:
+        """Run jobs (operation, *arguments): ("done", value), ("timeout", None) or ("crashed", None) for each, in order.
+
+        Raises RuntimeError if a worker cannot start (math-verify missing, say): that is no fault of an answer.
+        """
+        with self._lock:
+            try:
+                return self._run(jobs)
+            except BaseException:  # a worker may still hold a job of this call: its answer must not meet the next one
+                while self._workers:
+                    self._workers.pop().stop()
+                raise
+
+    def _run(self, jobs: Sequence[tuple]) -> list[tuple[str, object]]:
+        results: list = [None] * len(jobs)
+        waiting = deque(enumerate(jobs))
+        while waiting or any(worker.job is not None for worker in self._workers):
+            self._drop_dead_idle()
+            while len(self._workers) < min(self.num_workers, len(waiting)):
+                self._workers.append(_Worker(self.timeout_seconds))
+            for worker in self._workers:
+                if waiting and worker.ready and worker.job is None:
+                    worker.give(*waiting.popleft(), self.timeout_seconds)
+            for worker in self._wait():
+                self._hear(worker, results)
+            self._enforce_deadlines(results)
+        return results
+
+    def _drop_dead_idle(self) -> None:
+        """A worker that died between jobs costs no answer."""
+        for worker in [one for one in self._workers if one.ready and one.job is None]:
+            if worker.process.poll() is not None:
+                self._workers.remove(worker)
+                worker.stop()
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.job is not None or not worker.ready]
+
+    def _wait(self) -> list[_Worker]:
+        """Workers with something to read, after at most the time until the next deadline."""
+        with selectors.DefaultSelector() as selector:
+            for worker in self._busy():
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            until = min((worker.deadline for worker in self._busy()), default=0.0)
+            return [key.data for key, _ in selector.select(max(until - time.monotonic(), 0.0))]
+
+    def _hear(self, worker: _Worker, results: list) -> None:
+        line = worker.read()
+        if line is None:
+            self._replace(worker, results, "crashed")
+        elif line and not worker.ready:
+            worker.ready = True
+        elif line:
+            results[worker.job], worker.job = ("done", json.loads(line)), None
+
+    def _enforce_deadlines(self, results: list) -> None:
+        for worker in [one for one in self._busy() if one.deadline <= time.monotonic()]:
+            self._replace(worker, results, "timeout")
+
+    def _replace(self, worker: _Worker, results: list, outcome: str) -> None:
+        self._workers.remove(worker)
+        worker.stop()
+        if not worker.ready:
+            code = worker.process.returncode
+            raise RuntimeError(f"a worker for math-verify could not start (exit code {code}); its error is above")
+        results[worker.job] = (outcome, None)
