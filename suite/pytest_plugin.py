@@ -1,0 +1,145 @@
+"""Collects tasks/**/*.yaml as pytest items. Registered through the pytest11 entry point; does nothing outside a checkout.
+
+Without --bench an item passes if and only if its task validates and every verdict published for it, recomputed from
+the published records, equals the published one. Its letter is the published verdict: a published FAIL is a result, and
+the item that confirms it passes.
+
+With --bench an item runs its task (`suite reproduce`) and the verdict is the outcome: FAIL, INVALID and ERROR fail the
+session; INCONCLUSIVE and NOT_RUN are reported as such, and are neither passes nor failures.
+
+Items that start an engine (--bench, and tests marked `engine`) share one xdist worker.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LETTERS = {"PASS": ".", "FAIL": "F", "INCONCLUSIVE": "?", "NOT_RUN": "n", "INVALID": "I", "ERROR": "E"}
+# Several fingerprints: the item shows the verdict that comes first here, which is the order in which a task is judged.
+GRAVITY = ("INVALID", "ERROR", "FAIL", "INCONCLUSIVE", "NOT_RUN", "PASS")
+FAILS_SESSION = ("FAIL", "INVALID", "ERROR")
+_LAST_LINE = re.compile(r"^VERDICT task=(\S+) verdict=(\S+)", re.MULTILINE)
+
+
+class TaskFailure(Exception):
+    """Why an item failed, already in words; shown without a traceback."""
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("suite", "fp16-mismatch-suite")
+    group.addoption("--bench", action="store_true", help="run each collected task; its verdict is the outcome")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "engine: starts a sampler or trainer; all such tests run on one xdist worker")
+    config.addinivalue_line("markers", "xdist_group(name): tests of one group run on one xdist worker")
+    # Plain `-n 2` deals tests out one by one and ignores groups. xdist reads this option after us (trylast).
+    if _in_checkout(config.rootpath) and getattr(config.option, "dist", None) == "load":
+        config.option.dist = "loadgroup"
+
+
+def pytest_collect_file(file_path: Path, parent):
+    folder = file_path.parent
+    if file_path.suffix != ".yaml" or folder.parent.name != "tasks" or folder.name.startswith("_"):
+        return None
+    return TaskFile.from_parent(parent, path=file_path) if _in_checkout(folder.parent.parent) else None
+
+
+def _in_checkout(folder: Path) -> bool:
+    project = folder / "pyproject.toml"
+    return project.is_file() and "fp16-mismatch-suite" in project.read_text(encoding="utf-8")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engine"))
+
+
+class TaskFile(pytest.File):
+    """One task file holds one item, named by the task's id, which is the file's name."""
+
+    def collect(self):
+        yield TaskItem.from_parent(self, name=self.path.stem)
+
+
+class TaskItem(pytest.Item):
+    """One task; `verdict` is what its letter shows, known once it has run."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.verdict: str | None = None
+        if self.config.getoption("bench"):
+            self.add_marker("engine")
+
+    def runtest(self):
+        repo = self.path.parents[2]
+        if self.config.getoption("bench"):
+            self._reproduce(repo)
+        else:
+            self.verdict = confirm_published(self.path, repo)
+
+    def _reproduce(self, repo: Path) -> None:
+        command = [sys.executable, "-m", "suite", "reproduce", self.name]
+        done = subprocess.run(command, cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.add_report_section("call", "suite reproduce", done.stdout)
+        lines = _LAST_LINE.findall(done.stdout)
+        self.verdict = lines[-1][1] if lines else "ERROR"
+        last = done.stdout.strip().splitlines()[-1:] or ["no output"]
+        if self.verdict in FAILS_SESSION:
+            raise TaskFailure(f"{self.name}: {self.verdict} (exit code {done.returncode}): {last[0]}")
+        if self.verdict != "PASS":
+            pytest.skip(last[0])
+
+    def repr_failure(self, excinfo, style=None):
+        if isinstance(excinfo.value, TaskFailure) or type(excinfo.value).__module__.startswith("suite."):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self):
+        return self.path, 0, self.name
+
+
+def confirm_published(path: Path, repo: Path) -> str:
+    """The gravest published verdict of a task, after every one of them was recomputed; NOT_RUN if there is none.
+
+    Raises TaskFailure if the task does not validate or a recomputed verdict is not the published one.
+    """
+    from suite.report.verify import folder_differences
+    from suite.task import load_task
+    from suite.validate import validate_file
+
+    errors, _ = validate_file(path)
+    if errors:
+        raise TaskFailure("\n".join(str(error) for error in errors))
+    task = load_task(path)
+    verdicts = sorted((repo / "results" / task.id).glob("*/verdict.json"))
+    if differences := [line for verdict in verdicts for line in folder_differences(verdict.parent, {task.id: task})]:
+        raise TaskFailure("\n".join(differences))
+    found = [json.loads(verdict.read_text())["verdict"] for verdict in verdicts]
+    return min(found, key=GRAVITY.index, default="NOT_RUN")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if isinstance(item, TaskItem) and call.when == "call" and item.verdict is not None:
+        outcome.get_result().suite_verdict = item.verdict  # plain attribute: xdist carries it to the controller
+
+
+def pytest_report_teststatus(report):
+    verdict = getattr(report, "suite_verdict", None)
+    if verdict is None or report.when != "call":
+        return None
+    if report.failed:
+        return ("error" if verdict == "ERROR" else "failed"), LETTERS[verdict], verdict
+    markup = {"green": verdict == "PASS", "yellow": verdict != "PASS"}
+    category = "passed" if verdict == "PASS" else verdict if report.skipped else f"published {verdict}"
+    return category, LETTERS[verdict], (verdict, markup)

@@ -1,0 +1,75 @@
+"""Everything in results/ that is generated, as {path: bytes}: what `report` writes and `report --check` compares.
+
+Generated from the published records, the verdicts beside them and the task files; from nothing else, and without a
+time stamp, so that the same records give the same bytes. The manifest of a folder keeps its lines about the data as
+they are: only the lines about figures are generated, so that regenerating can never bless a changed record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from suite.record import write_atomic
+from suite.report import page, plots, tables
+from suite.report.publish import fingerprint_folders, published_runs
+from suite.report.rows import result_rows
+
+MANIFEST = "MANIFEST.sha256"
+
+
+def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
+    """All generated files by their path below `results_dir`."""
+    rows = result_rows(results_dir, tasks)
+    files, figures, matrices = {}, [], []
+    for folder in fingerprint_folders(results_dir):
+        runs = published_runs(results_dir, folder.parent.name, folder.name)
+        drawn = plots.figures(folder.parent.name, runs)
+        matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
+        place = folder.relative_to(results_dir).as_posix()
+        files |= {f"{place}/figures/{figure.name}.svg": figure.svg for figure in drawn}
+        files[f"{place}/{MANIFEST}"] = _manifest(folder, {f"figures/{f.name}.svg": f.svg for f in drawn})
+        figures += [(folder.parent.name, folder.name, f"{place}/figures/{f.name}.svg", f.caption) for f in drawn]
+    sections = [tables.matrix_markdown(*found) for found in matrices]
+    files["RESULTS.md"] = tables.markdown(rows, [*sections, *_figure_sections(figures)]).encode()
+    files["results.tex"] = tables.latex(rows).encode()
+    files["results.csv"] = tables.comma_separated(rows).encode()
+    files["index.html"] = page.render(rows, figures, matrices).encode()
+    return files
+
+
+def _manifest(folder: Path, figures: dict[str, bytes]) -> bytes:
+    path = folder / MANIFEST
+    lines = path.read_text().splitlines() if path.exists() else []
+    listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines) if not name.startswith("figures/")}
+    listed |= {name: hashlib.sha256(data).hexdigest() for name, data in figures.items()}
+    return "".join(f"{listed[name]}  {name}\n" for name in sorted(listed)).encode()
+
+
+def _figure_sections(figures: list[tuple[str, str, str, str]]) -> list[str]:
+    if not figures:
+        return []
+    return ["## Figures", *(f"### {task} on {hardware}\n\n![{text}]({path})\n\n{text}" for task, hardware, path, text in figures)]
+
+
+def changed_files(results_dir: Path, files: dict[str, bytes]) -> dict[str, str]:
+    """{path: "missing" | "different" | "no longer generated"} of everything that `report` would touch."""
+    changes = {}
+    for name, data in files.items():
+        path = results_dir / name
+        if not path.exists():
+            changes[name] = "missing"
+        elif path.read_bytes() != data:
+            changes[name] = "different"
+    there = (path.relative_to(results_dir).as_posix() for path in results_dir.glob("*/*/figures/*"))
+    return changes | {name: "no longer generated" for name in there if name not in files}
+
+
+def write_files(results_dir: Path, files: dict[str, bytes], changes: dict[str, str]) -> None:
+    for name, what in changes.items():
+        path = results_dir / name
+        if what == "no longer generated":
+            path.unlink()
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, files[name])

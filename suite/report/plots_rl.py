@@ -1,0 +1,85 @@
+"""The figure of an RL task: reward, mismatch, and the largest probability differences, per iteration and precision."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+
+from suite.record import Run
+from suite.report.svg import LINE_STYLES, colour, plt, to_svg
+from suite.task import find_repo
+
+
+def paper_curve(algorithm: str) -> Path | None:
+    """The digitised training curve (figure 1 a-f) of an algorithm named as in the paper, if there is one."""
+    wanted = re.sub(r"[^a-z]", "", algorithm.lower())
+    for path in sorted((find_repo() / "baselines" / "curves").glob("fig1_train_smoothed_[a-f]_*.csv")):
+        if re.sub(r"[^a-z]", "", path.stem.split("_", 4)[4].lower()) == wanted:
+            return path
+    return None
+
+
+def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
+    """Three panels over iterations: reward, k3 and mean |pi - mu| on a log axis, max and min of pi - mu.
+
+    Thin lines are seeds, thick ones their mean over the iterations that all seeds reached. With `curve_csv` (columns
+    precision, step, reward) the paper's curve is dotted into the reward panel, on an axis of its own above.
+    """
+    figure, axes = plt.subplots(4, 1, figsize=(7.2, 9.6), sharex=True, layout="constrained")
+    panels = (("reward_mean",), ("k3_nats_per_token",), ("prob_diff_mean",), ("prob_diff_max", "prob_diff_min"))
+    for panel, names in zip(axes, panels):
+        for name in names:
+            for precision, series in _series(runs, name).items():
+                _draw(panel, precision, series, label=name == names[0])
+    axes[0].set(ylabel="training reward", ylim=(0, 1.02))
+    axes[1].set(ylabel="k3 (nats per token)", yscale="log")
+    axes[2].set(ylabel="mean |π − μ|", yscale="log")
+    axes[3].set(ylabel="max and min of π − μ", xlabel="iteration", ylim=(-1.05, 1.05))
+    axes[3].axhline(0, color="#999999", linewidth=0.8)
+    if curve_csv is not None:
+        _paper_axis(axes[0], read_curve(curve_csv))
+    axes[0].legend(loc="lower right", ncols=3)
+    return to_svg(figure)
+
+
+def read_curve(path: Path) -> dict[str, np.ndarray]:
+    """{precision: (N, 2) of step and value} of a digitised figure; points left of step 0 are reading error, dropped."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    value = next(name for name in rows[0] if name not in ("precision", "step"))
+    names = dict.fromkeys(row["precision"].lower() for row in rows)
+    curves = {n: [(float(r["step"]), float(r[value])) for r in rows if r["precision"].lower() == n] for n in names}
+    return {name: np.array([point for point in points if point[0] >= 0]) for name, points in curves.items()}
+
+
+def _series(runs: list[Run], name: str) -> dict[str, list[np.ndarray]]:
+    """{precision: one (steps, 2) array of step and value per run}, bf16 first; runs without the metric are left out."""
+    found = {}
+    for run in sorted(runs, key=lambda run: (run.arm, run.seed)):
+        points = [(row["step"], row[name]) for row in run.metrics if row.get(name) is not None]
+        if points:
+            found.setdefault(run.arm.split("-")[0], []).append(np.array(points, dtype=float))
+    return found
+
+
+def _draw(axes, precision: str, series: list[np.ndarray], label: bool) -> None:
+    for points in series:
+        axes.plot(points[:, 0], points[:, 1], color=colour(precision), linewidth=0.7, alpha=0.45)
+    length = min(len(points) for points in series)
+    mean = np.mean([points[:length, 1] for points in series], axis=0)
+    how = {"color": colour(precision), "linestyle": LINE_STYLES.get(precision, "-"), "linewidth": 2.0}
+    text = f"{precision} ({len(series)} seed{'s' if len(series) > 1 else ''})"
+    axes.plot(series[0][:length, 0], mean, label=text if label else None, **how)
+
+
+def _paper_axis(axes, curves: dict[str, np.ndarray]) -> None:
+    above = axes.twiny()
+    above.grid(False)
+    above.spines["top"].set_visible(True)
+    for precision, points in curves.items():
+        above.plot(points[:, 0], points[:, 1], color=colour(precision), linewidth=1.2, linestyle=":")
+        axes.plot([], [], color=colour(precision), linewidth=1.2, linestyle=":", label=f"paper, {precision}")
+    above.set(xlim=(0, max(points[-1, 0] for points in curves.values())), xlabel="iteration in the paper (dotted curves)")
