@@ -1,0 +1,242 @@
+"""Dumps of another framework: numbers equal those of the tokens, both formats agree, and what cannot be used is refused by row."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from suite import dump, dump_rows
+from suite.errors import TaskError, UserError
+from suite.mismatch import estimates, prompt_sums
+from suite.task import Task
+
+GRADE = {
+    "estimand": "k3_nats_per_token", "contrast": {"ratio": ["bf16", "fp16"]}, "accept": [16, 128], "min_seeds": 3,
+    "interval": {"method": "student_t"}, "tolerance": {"level": "P4", "derivation": "three mantissa bits", "date": "2026-01-01"},
+}
+CONTROL = {"name": "control-floor", "kind": "floor", "like": "fp32", "seeds": [0], "estimand": "k3_nats_per_token",
+           "contrast": {"arm": "control-floor"}, "accept": [None, 1e-9]}
+
+
+def make_task(controls=(), grid=None, protocol="offline_mismatch", **grade):
+    text = json.dumps({
+        "schema": 1, "id": "example", "version": 1, "grade_version": 1, "tier": "desk", "title": "an example", "protocol": protocol,
+        "claims": [{"id": "C1-k3-ratio", "about": "C1", "statement": "fp16 shrinks the gap", "kind": "ratio"}],
+        "arms": {"bf16": {}, "fp16": {}, "fp32": {}}, "vary": ["precision.rollout", "precision.train"], "grid": grid or {},
+        "seeds": [0, 1, 2], "controls": list(controls), "grade": {"C1-k3-ratio": GRADE | grade},
+        "resources": {"gpus": 0, "gpu_mem_gib": 0.0, "disk_gib": 0.1, "cpu_ok": True},
+    })
+    return Task.model_validate_json(text)
+
+
+def make_rows(arms=("bf16", "fp16"), seeds=(0, 1, 2), num_prompts=4, samples=3, **extra):
+    """Rollouts whose mean k3 is about (noise^2)/2: 0.08 for bf16, an eighth of it for every other arm."""
+    rng, rows = np.random.default_rng(0), []
+    for arm in arms:
+        for seed in seeds:
+            for prompt in range(num_prompts):
+                for sample in range(samples):
+                    length = int(rng.integers(1, 40))
+                    mu = -rng.exponential(1.0, length) - 0.5
+                    pi = np.minimum(mu + rng.normal(0, 0.08 if arm == "bf16" else 0.01, length), 0.0)
+                    mu, pi = (x.astype(np.float32).tolist() for x in (mu, pi))
+                    rows.append({"arm": arm, "seed": seed, "prompt_id": f"p{prompt}", "sample_id": sample, "num_prompt_tokens": 3,
+                                 "token_ids": list(range(3 + length)), "rollout_logprobs": mu, "trainer_logprobs": pi,
+                                 "finish_reason": "length" if sample == 0 else "stop", "reward": float(sample == 1), **extra})
+    return rows
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["dump.jsonl", "dump.parquet"])
+def test_runs_hold_the_numbers_of_the_tokens(tmp_path, name):
+    rows = make_rows()
+    runs = dump.runs_of_dump(make_task(), write(tmp_path / name, rows))
+    assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for arm in ("bf16", "fp16") for seed in (0, 1, 2)]
+    for run in runs:
+        mine = [row for row in rows if (row["arm"], row["seed"]) == (run.arm, run.seed)]
+        mu, pi = (np.concatenate([row[c] for row in mine]) for c in ("rollout_logprobs", "trainer_logprobs"))
+        want = prompt_sums([row["prompt_id"] for row in mine], [len(row["rollout_logprobs"]) for row in mine], mu, pi,
+                           [row["reward"] for row in mine], [row["finish_reason"] == "length" for row in mine])
+        assert all(np.array_equal(run.summary[column], want[column]) for column in want)
+        assert run.record["series_summary"].items() >= estimates(want).items()
+        assert run.record["series_summary"]["prob_diff_p999"] == pytest.approx(np.quantile(np.abs(np.exp(pi) - np.exp(mu)), 0.999))
+        assert run.record["counts"] == {"num_prompts": 4, "num_rollouts": 12, "num_response_tokens": mu.size}
+        assert run.status == "success" and run.record["limit"] is None and not run.is_control
+    assert len({run.fingerprint for run in runs}) == 1
+
+
+def test_folding_early_changes_nothing_but_the_token_statistics(tmp_path, monkeypatch):
+    path, task = write(tmp_path / "dump.jsonl", make_rows()), make_task()
+    whole = dump.runs_of_dump(task, path)
+    monkeypatch.setattr(dump, "FLUSH_TOKENS", 30)
+    monkeypatch.setattr(dump, "KEPT_TOKENS", 100)
+    for a, b in zip(whole, dump.runs_of_dump(task, path)):
+        for column, values in a.summary.items():
+            if column == "prompt_id":
+                assert values.tolist() == b.summary[column].tolist()
+            else:
+                np.testing.assert_allclose(b.summary[column].astype(float), values.astype(float), rtol=1e-12, atol=1e-13)
+        assert "prob_diff_p999" in a.record["series_summary"] and "prob_diff_p999" not in b.record["series_summary"]
+
+
+def test_response_token_ids_and_missing_options_are_accepted(tmp_path):
+    rows = make_rows()
+    for row in rows:
+        row["response_token_ids"] = row.pop("token_ids")[row.pop("num_prompt_tokens"):]
+        for name in ("sample_id", "finish_reason", "reward"):
+            del row[name]
+    full, bare = (dump.runs_of_dump(make_task(), write(tmp_path / n, r)) for n, r in (("a.jsonl", make_rows()), ("b.jsonl", rows)))
+    for a, b in zip(full, bare):
+        assert np.array_equal(a.summary["sum_k3"], b.summary["sum_k3"])
+        assert b.summary["num_truncated"].sum() == 0 and b.record["series_summary"]["reward_mean"] is None
+
+
+@pytest.mark.parametrize("label", ["60-120", [60, 120]])
+@pytest.mark.parametrize("name", ["dump.jsonl", "dump.parquet"])
+def test_the_grid_column_takes_the_value_or_its_label(tmp_path, label, name):
+    task = make_task(grid={"data.num_terms": [[8, 24], [60, 120]]})
+    runs = dump.runs_of_dump(task, write(tmp_path / name, make_rows(num_terms=label)))
+    assert {json.dumps(run.point) for run in runs} == {'{"data.num_terms": [60, 120]}'}
+    assert runs[0].record["cell"]["name"] == "bf16.num_terms=60-120.s0"
+
+
+def test_a_single_grid_point_needs_no_column(tmp_path):
+    runs = dump.runs_of_dump(make_task(grid={"data.num_terms": [[8, 24]]}), write(tmp_path / "d.jsonl", make_rows()))
+    assert runs[0].point == {"data.num_terms": [8, 24]}
+
+
+@pytest.mark.parametrize("change, field, says", [
+    ({"rollout_logprobs": [-0.1]}, "rollout_logprobs", "1 values"),
+    ({"trainer_logprobs": []}, "trainer_logprobs", "0 values"),
+    ({"num_prompt_tokens": 10**6}, "num_prompt_tokens", "at most"),
+    ({"num_prompt_tokens": None}, "num_prompt_tokens", "response_token_ids"),
+    ({"arm": "int8"}, "arm", "control-floor"),
+    ({"arm": None}, "arm", "missing or null"),
+    ({"seed": None}, "seed", "missing or null"),
+    ({"seed": -1}, "seed", ">= 0"),
+    ({"seed": 1.5}, "seed", "integer"),
+    ({"seed": True}, "seed", "integer"),
+    ({"sample_id": "x"}, "sample_id", "integer"),
+    ({"prompt_id": 1.5}, "prompt_id", "string"),
+    ({"finish_reason": "eos"}, "finish_reason", "stop, length"),
+    ({"reward": math.inf}, "reward", "finite"),
+    ({"token_ids": "abc"}, "token_ids", "list"),
+    ({"token_ids": [1, 2, -3, 4]}, "token_ids", "-3"),
+    ({"token_ids": [1, 2, 3.5, 4]}, "token_ids", "3.5"),
+    ({"token_ids": [1, math.nan]}, "token_ids", "nan"),
+    ({"token_ids": [1, 10**30]}, "token_ids", "an entry"),
+    ({"rollout_logprobs": "abc"}, "rollout_logprobs", "list"),
+    ({"response_token_ids": [1]}, "response_token_ids", "either"),
+    ({"temperature": 1.0, "extra": 2}, "columns", "['extra', 'temperature']"),
+])
+def test_a_row_that_cannot_be_used_is_refused_with_row_and_field(tmp_path, change, field, says):
+    rows = make_rows()
+    rows[16] |= change
+    path = write(tmp_path / "dump.jsonl", rows)
+    with pytest.raises(TaskError) as refused:
+        dump.runs_of_dump(make_task([CONTROL]), path)
+    assert str(path) in str(refused.value) and f"row 17: {field}" in str(refused.value) and says in str(refused.value)
+
+
+@pytest.mark.parametrize("bad, shown", [(math.nan, "nan"), (-math.inf, "-inf"), (math.inf, "inf"), (1e-3, "0.001"), (None, "no number"),
+                                        ("x", "x"), (True, "True")])
+@pytest.mark.parametrize("side", ["rollout_logprobs", "trainer_logprobs"])
+def test_a_log_prob_that_is_none_is_refused_with_its_token(tmp_path, bad, shown, side):
+    rows = make_rows()
+    rows[5][side][-1] = bad
+    with pytest.raises(TaskError, match=f"row 6: {side}.*{shown}"):
+        dump.runs_of_dump(make_task(), write(tmp_path / "dump.jsonl", rows))
+    if not isinstance(bad, (str, bool)):
+        with pytest.raises(TaskError, match=f"row 6: {side}"):
+            dump.runs_of_dump(make_task(), write(tmp_path / "dump.parquet", rows))
+
+
+def test_a_log_prob_of_zero_and_its_rounding_are_accepted(tmp_path):
+    rows = make_rows()
+    rows[0]["rollout_logprobs"][0], rows[0]["trainer_logprobs"][0] = 0, 5e-7
+    assert len(dump.runs_of_dump(make_task(), write(tmp_path / "dump.jsonl", rows))) == 6
+
+
+def test_duplicates_missing_arms_and_unpaired_seeds_are_refused(tmp_path):
+    rows, task = make_rows(), make_task([CONTROL])
+    with pytest.raises(TaskError, match=r"row 73: sample_id.*'p0'.*once"):
+        dump.runs_of_dump(task, write(tmp_path / "a.jsonl", [*rows, rows[1]]))
+    with pytest.raises(TaskError, match=r"needs bf16, fp16.*missing: fp16"):
+        dump.runs_of_dump(task, write(tmp_path / "b.jsonl", make_rows(arms=["bf16", "fp32"])))
+    with pytest.raises(TaskError, match=r"seed.*'fp16': \[0, 1\].*the same seeds"):
+        dump.runs_of_dump(task, write(tmp_path / "c.jsonl", [r for r in rows if (r["arm"], r["seed"]) != ("fp16", 2)]))
+
+
+def test_rewards_must_be_there_when_a_claim_is_about_them(tmp_path):
+    rows = make_rows()
+    rows[3]["reward"] = None
+    path = write(tmp_path / "dump.jsonl", rows)
+    assert dump.runs_of_dump(make_task(), path)
+    with pytest.raises(TaskError, match="reward of arm bf16, seed 0.*11 of 12"):
+        dump.runs_of_dump(make_task(estimand="reward_mean"), path)
+
+
+def test_the_grid_column_is_asked_for_and_checked(tmp_path):
+    task = make_task(grid={"data.num_terms": [[8, 24], [60, 120]]})
+    with pytest.raises(TaskError, match="row 1: num_terms: found None, allowed: 8-24, 60-120"):
+        dump.runs_of_dump(task, write(tmp_path / "a.jsonl", make_rows()))
+    with pytest.raises(TaskError, match="row 1: num_terms"):
+        dump.runs_of_dump(task, write(tmp_path / "b.jsonl", make_rows(num_terms=[1, 2])))
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "empty file"), (b"\n\n", "the file is empty"), (bytes(range(128, 256)) * 8, "row 1"), (b"PAR1garbage", "not readable as parquet"),
+    (b"[1, 2]\n", "JSON object"), (b"[" * 100_000, "row 1"), (b'{"arm": "bf16", "arm": "fp16"}\n', "given twice"), (b'{"arm": ', "row 1"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "row 1"),
+])
+def test_what_is_no_dump_is_refused(tmp_path, content, says):
+    path = tmp_path / "dump.bin"
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=says):
+        dump.runs_of_dump(make_task(), path)
+
+
+def test_an_empty_parquet_file_a_cut_one_and_a_missing_one_are_refused(tmp_path):
+    path = write(tmp_path / "whole.parquet", make_rows())
+    pq.write_table(pq.read_table(path).slice(0, 0), tmp_path / "empty.parquet")
+    (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:-200])
+    for name, says in (("empty.parquet", "empty"), ("cut.parquet", "not readable"), ("none.parquet", "no such file")):
+        with pytest.raises(TaskError, match=says):
+            dump.runs_of_dump(make_task(), tmp_path / name)
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(dump_rows, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(TaskError, match="more than 1000 bytes"):
+        dump.runs_of_dump(make_task(), write(tmp_path / "dump.jsonl", [{"arm": "x" * 2000}]))
+
+
+def test_rl_tasks_are_not_graded_from_a_dump(tmp_path):
+    with pytest.raises(UserError, match="'rl'"):
+        dump.runs_of_dump(make_task(protocol="rl"), write(tmp_path / "dump.jsonl", make_rows()))
+
+
+def judged(verdict, claims):
+    return {"verdict": verdict, "reason": "r", "controls": [], "claims": [{"id": c, "verdict": c, "reason": "r"} for c in claims]}
+
+
+def test_absent_controls_are_listed_and_cap_both_ways():
+    control = make_task([CONTROL]).controls[0]
+    for verdict in ("PASS", "FAIL"):
+        capped = dump.cap_for_absent_controls(judged(verdict, ["PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN"]), [control])
+        assert capped["verdict"] == "INCONCLUSIVE" and f"would be {verdict}" in capped["reason"]
+        assert [c["verdict"] for c in capped["claims"]] == ["INCONCLUSIVE"] * 3 + ["NOT_RUN"]
+        assert capped["controls"][0]["name"] == "control-floor" and capped["controls"][0]["verdict"] == "ABSENT"
+    for verdict in ("INVALID", "ERROR", "NOT_RUN"):
+        assert dump.cap_for_absent_controls(judged(verdict, []), [control])["verdict"] == verdict
+    assert dump.cap_for_absent_controls(judged("PASS", ["PASS"]), []) == judged("PASS", ["PASS"])
