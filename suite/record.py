@@ -219,6 +219,10 @@ class RunWriter:
     def parts_done(self) -> int:
         return len(self.metrics)
 
+    @property
+    def is_open(self) -> bool:
+        return self._lock is not None
+
     def _complete_parts(self) -> int:
         rows = len(self.metrics)
         if self.record["evidence_parts"]:

@@ -1,0 +1,90 @@
+"""Rollouts and the padded tensors made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from suite.record import EVIDENCE_SCHEMA
+
+PAD_TO_TOKENS = 64  # lengths are rounded up to this, so that few distinct shapes occur and each is recorded
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample. `seed` fixes its randomness whatever else is in the batch."""
+
+    prompt_id: str
+    sample_id: int
+    prompt_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response with the log-probs its sampler reported."""
+
+    request: Request
+    response_token_ids: list[int]  # includes the stop token, if one was sampled
+    rollout_logprobs: np.ndarray  # (T,) float32, nats, log mu of each response token
+    finish_reason: str  # stop | length
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.request.prompt_token_ids, *self.response_token_ids]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.response_token_ids)
+
+
+def request_seed(*parts) -> int:
+    """A 31-bit seed from whatever identifies a response (launch seed, prompt, sample, step): same parts, same seed."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def evidence_table(rollouts: list[Rollout], trainer_logprobs: list[np.ndarray], step: int,
+                   rewards: list[float] | None = None) -> pa.Table:
+    """Rollouts as evidence rows (record.EVIDENCE_SCHEMA), one per rollout, in the given order."""
+    columns = {
+        "prompt_id": [r.request.prompt_id for r in rollouts],
+        "sample_id": [r.request.sample_id for r in rollouts],
+        "step": [step] * len(rollouts),
+        "token_ids": [r.token_ids for r in rollouts],
+        "num_prompt_tokens": [len(r.request.prompt_token_ids) for r in rollouts],
+        "rollout_logprobs": [r.rollout_logprobs for r in rollouts],
+        "trainer_logprobs": trainer_logprobs,
+        "finish_reason": [r.finish_reason for r in rollouts],
+        "reward": rewards if rewards is not None else [float("nan")] * len(rollouts),
+    }
+    return pa.table(columns, schema=EVIDENCE_SCHEMA)
+
+
+@dataclass(frozen=True)
+class PaddedSequences:
+    """Prompt + response, padded on the right: under causal attention padding there cannot reach a real token.
+
+    token_ids: (B, T) int64; response_mask: (B, T) bool, True where token t is a response token (its log-prob is wanted).
+    """
+
+    token_ids: np.ndarray
+    response_mask: np.ndarray
+
+
+def pad_sequences(sequences: list[tuple[list[int], int]], num_rows: int, pad_id: int = 0) -> PaddedSequences:
+    """Pad (token_ids, num_prompt_tokens) pairs to one shape: `num_rows` rows, length a multiple of PAD_TO_TOKENS.
+
+    Rows beyond the given sequences are padding altogether, so that every forward of a run has the same number of rows.
+    """
+    longest = max(len(tokens) for tokens, _ in sequences)
+    length = -(-longest // PAD_TO_TOKENS) * PAD_TO_TOKENS
+    token_ids = np.full((num_rows, length), pad_id, dtype=np.int64)
+    mask = np.zeros((num_rows, length), dtype=bool)
+    for row, (tokens, num_prompt) in enumerate(sequences):
+        token_ids[row, : len(tokens)] = tokens
+        mask[row, num_prompt : len(tokens)] = True
+    return PaddedSequences(token_ids, mask)

@@ -1,0 +1,74 @@
+"""Precision as a value that travels: what a cell asks for, and what its live engines say they ran in.
+
+Formats (Table 1 of the paper): fp16 has 5 exponent and 10 mantissa bits (spacing 2^-10, largest 65,504), bf16 has 8 and 7
+(spacing 2^-7). Three mantissa bits more make rounding errors 8 times smaller, and a KL, second order in them, 64 times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+DTYPES = ("fp32", "bf16", "fp16")
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+# How products of 16-bit operands are formed. "native": the device's own kernels. "rounded-fp32-accumulate": operands and
+# result are 16-bit numbers, the product is computed in fp32, as tensor cores do; on a CPU both 16-bit precisions take
+# that one path, so that the arms differ in rounding and in nothing else.
+NATIVE, ROUNDED = "native", "rounded-fp32-accumulate"
+
+
+def dtype_name(dtype) -> str:
+    """'fp16' for torch.float16 and so on; a dtype the suite has no short name for keeps its own ('float8_e4m3fn')."""
+    name = str(dtype).removeprefix("torch.")
+    return next((short for short, long in TORCH_NAMES.items() if long == name), name)
+
+
+def torch_dtype(name: str):
+    import torch
+
+    return getattr(torch, TORCH_NAMES[name])
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype asked for at every point of the pipeline. None in a task means: follows its engine."""
+
+    rollout: str  # sampler weights and arithmetic
+    train: str  # trainer compute dtype; master weights are always fp32
+    wire: str  # dtype in which weights travel from trainer to sampler
+    trainer_head: str  # dtype of the trainer's lm_head product
+    rollout_logits: str
+    kv_cache: str
+
+    @classmethod
+    def of(cls, asked: dict) -> Precision:
+        rollout, train = asked["rollout"], asked["train"]
+        follows = {"wire": rollout, "trainer_head": train, "rollout_logits": rollout, "kv_cache": rollout}
+        return cls(rollout, train, **{point: asked.get(point) or default for point, default in follows.items()})
+
+    def describe(self) -> str:
+        return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
+
+
+# which executed point must equal which asked point
+CONTRACT = {
+    "rollout_weights": "rollout",
+    "kv_cache": "kv_cache",
+    "rollout_logits": "rollout_logits",
+    "compute": "train",
+    "trainer_head": "trainer_head",
+    "wire": "wire",
+}
+
+
+def contract_breaches(asked: dict, executed: dict) -> list[str]:
+    """One sentence per point at which an engine ran in another dtype than its arm says; such a run is INVALID.
+
+    Points that a protocol does not have (no wire without weight sync) are absent from `executed` and not checked.
+    """
+    wanted = Precision.of(asked)
+    return [
+        f"{point}: ran in {executed[point]}, the arm asks for {getattr(wanted, name)}"
+        for point, name in CONTRACT.items()
+        if point in executed and executed[point] != getattr(wanted, name)
+    ]

@@ -1,0 +1,49 @@
+"""Protocols: one file per kind of experiment. Each turns cells into finished run folders."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from suite import environment
+from suite.plan import Cell
+from suite.record import Run, RunWriter, open_run
+from suite.task import Task
+
+MODULES = {
+    "offline_mismatch": "suite.protocols.offline",
+    "offline_accuracy": "suite.protocols.offline",
+    "dataset": "suite.protocols.dataset",
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a protocol is given besides its cells."""
+
+    task: Task
+    limit: int | None
+    progress: Callable[..., None]
+    open_cell: Callable[[Cell], RunWriter | Run]  # a finished Run if the cell is complete, else its writer
+
+
+def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None = None, fresh: bool = False,
+             progress: Callable[..., None] = lambda *a, **k: None) -> None:
+    """Run every cell that has no finished record yet; the same call again after a kill goes on where it stopped.
+
+    Args:
+        limit: number of prompts (RL: steps); the runs get keys of their own and are never graded.
+        fresh: begin a new attempt for every cell, also where a finished one exists.
+    Raises whatever ended a run: UserError and NotRunnable for the user, OSError for a full or read-only disk.
+    """
+    machine = environment.collect()
+    fingerprint = environment.fingerprint(machine)
+    has_evidence = task.protocol != "dataset"
+
+    def open_cell(cell: Cell) -> RunWriter | Run:
+        return open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+
+    protocol = importlib.import_module(MODULES[task.protocol])
+    protocol.run(cells, Session(task, limit, progress, open_cell))

@@ -1,0 +1,46 @@
+"""Samplers: the rollout policy mu. vllm.py is the engine people run; hf.py is a slow, plain reference."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from suite.batch import Request, Rollout
+
+
+class Sampler(Protocol):
+    """Holds one model in one precision on one device."""
+
+    engine: str
+
+    def sample(self, requests: list[Request]) -> list[Rollout]:
+        """One rollout per request, in order. The same request gives the same rollout, also from a fresh engine,
+        as long as the list of requests it is sampled with is the same."""
+
+    def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        """log mu of given responses, teacher-forced: (token_ids, num_prompt_tokens) -> (T_response,) float32 nats."""
+
+    def executed(self) -> dict[str, str]:
+        """Dtypes read from the live engine: rollout_weights, kv_cache, rollout_logits; and what names the engine."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+def engine_name(asked: str) -> str:
+    """`auto` is vLLM where it is installed, else the HF sampler."""
+    if asked != "auto":
+        return asked
+    return "vllm" if importlib.util.find_spec("vllm") else "hf"
+
+
+def load_sampler(model_path: Path, rollout: dict, dtype: str, stop_token_ids: list[int]) -> Sampler:
+    """The sampler that `rollout` (a resolved settings section) asks for, with the model's weights in `dtype`."""
+    if engine_name(rollout["engine"]) == "vllm":
+        from suite.rollouts.vllm import VllmSampler as sampler
+    else:
+        from suite.rollouts.hf import HfSampler as sampler
+    return sampler(model_path, rollout, dtype, stop_token_ids)

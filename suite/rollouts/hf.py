@@ -1,0 +1,124 @@
+"""A slow, plain reference sampler: a transformers model, its KV cache, and one categorical draw per token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from suite.arithmetic import arithmetic_for
+from suite.batch import Request, Rollout
+from suite.precision import dtype_name, torch_dtype
+
+DEFAULT_MAX_NUM_SEQS = 64
+
+
+class HfSampler:
+    """Samples batches of requests of equal prompt length, so that no padding ever enters the cache."""
+
+    engine = "hf"
+
+    def __init__(self, model_path: Path, rollout: dict, dtype: str, stop_token_ids: list[int]):
+        from transformers import AutoModelForCausalLM
+
+        self._rollout, self._stop = rollout, set(stop_token_ids)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(dtype)).eval().to(self._device)
+        self.arithmetic, self._products = arithmetic_for(self._device, torch_dtype(dtype))
+        self._cache_dtype = self._logits_dtype = None
+
+    @torch.inference_mode()
+    def sample(self, requests: list[Request]) -> list[Rollout]:
+        by_length: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_length.setdefault(len(request.prompt_token_ids), []).append(index)
+        size = self._rollout.get("max_num_seqs") or DEFAULT_MAX_NUM_SEQS
+        rollouts: list[Rollout | None] = [None] * len(requests)
+        with self._products():
+            for indices in by_length.values():
+                for start in range(0, len(indices), size):
+                    batch = indices[start : start + size]
+                    for index, rollout in zip(batch, self._sample_batch([requests[i] for i in batch]), strict=True):
+                        rollouts[index] = rollout
+        return rollouts
+
+    def _sample_batch(self, requests: list[Request]) -> list[Rollout]:
+        """One token per sequence and turn; a finished sequence leaves the batch, and its rows leave the cache."""
+        generators = [np.random.default_rng(request.seed) for request in requests]
+        tokens: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        reasons = ["length"] * len(requests)
+        alive = list(range(len(requests)))
+        inputs = torch.tensor([request.prompt_token_ids for request in requests], device=self._device)
+        room = (self._rollout.get("max_model_len") or 10**9) - inputs.shape[1]
+        cache = None
+        for _ in range(min(self._rollout["max_tokens"], room)):
+            output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            self._cache_dtype, self._logits_dtype = cache.layers[0].keys.dtype, output.logits.dtype
+            distribution = self._log_probs(output.logits[:, -1])  # (B, V) float32
+            uniforms = [generators[row].random() for row in alive]
+            chosen = _categorical(distribution, torch.tensor(uniforms, device=self._device, dtype=torch.float64))
+            picked = distribution.gather(1, chosen[:, None])[:, 0]
+            for row, token, logprob in zip(alive, chosen.tolist(), picked.tolist(), strict=True):
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+                reasons[row] = "stop" if token in self._stop else "length"
+            keep = [place for place, row in enumerate(alive) if reasons[row] != "stop"]
+            if not keep:
+                break
+            if len(keep) < len(alive):
+                index = torch.tensor(keep, device=self._device)
+                cache.batch_select_indices(index)
+                chosen = chosen[index]
+                alive = [alive[place] for place in keep]
+            inputs = chosen[:, None]
+        rows = zip(requests, tokens, logprobs, reasons, strict=True)
+        return [Rollout(q, t, np.array(p, np.float32), reason) for q, t, p, reason in rows]
+
+    def _log_probs(self, logits: torch.Tensor) -> torch.Tensor:
+        """log mu in fp32 of the distribution that is sampled from: temperature, then top-k and top-p. (B, V) -> (B, V)"""
+        logits = logits.float()
+        temperature, top_k, top_p = (self._rollout.get(name) for name in ("temperature", "top_k", "top_p"))
+        if temperature == 0:
+            greedy = torch.full_like(logits, -torch.inf)
+            return greedy.scatter(1, logits.argmax(-1, keepdim=True), 0.0)
+        logits = logits / temperature
+        if top_k:
+            kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < kth, -torch.inf)
+        if top_p is not None and top_p < 1:
+            ordered, order = logits.softmax(-1).sort(-1, descending=True)
+            outside = (ordered.cumsum(-1) - ordered >= top_p).scatter(1, order, ordered.cumsum(-1) - ordered >= top_p)
+            logits = logits.masked_fill(outside, -torch.inf)
+        return torch.log_softmax(logits, dim=-1)
+
+    @torch.inference_mode()
+    def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        scores = []
+        with self._products():
+            for tokens, num_prompt in sequences:
+                logits = self._model(input_ids=torch.tensor([tokens], device=self._device)).logits[0, num_prompt - 1 : -1]
+                targets = torch.tensor(tokens[num_prompt:], device=self._device)
+                scores.append(self._log_probs(logits).gather(1, targets[:, None])[:, 0].cpu().numpy())
+        return scores
+
+    def executed(self) -> dict[str, str]:
+        weights = {dtype_name(p.dtype) for p in self._model.parameters()}
+        return {
+            "rollout_weights": "+".join(sorted(weights)),
+            "kv_cache": dtype_name(self._cache_dtype) if self._cache_dtype else "not sampled yet",
+            "rollout_logits": dtype_name(self._logits_dtype) if self._logits_dtype else "not sampled yet",
+            "sampler_engine": "hf",
+            "sampler_attention": self._model.config._attn_implementation,
+        }
+
+    def close(self) -> None:
+        self._model = None
+
+
+def _categorical(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Inverse transform sampling: (B, V) log-probs and (B,) uniforms in [0, 1) -> (B,) token ids."""
+    cumulative = log_probs.double().exp().cumsum(-1)
+    return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)[:, 0]

@@ -1,0 +1,143 @@
+"""The sampler that people run: vLLM, in this process, on a CPU or a GPU.
+
+In-process, because a benchmark must read the dtypes of the live engine and load weights into it. Chunked prefill is off
+on a CPU: with it, per-request seeds crash there ("CPU Generator does not use offset").
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from suite.batch import Request, Rollout
+from suite.precision import TORCH_NAMES, dtype_name
+
+IN_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model with functions of ours; nothing leaves the process
+    "VLLM_NO_USAGE_STATS": "1",
+}
+DEFAULT_CACHE_GIB = 1.0
+
+
+class VllmSampler:
+    """One vLLM engine with one model in one precision. Units: log-probs in nats, lengths in tokens, cache in GiB."""
+
+    engine = "vllm"
+
+    def __init__(self, model_path: Path, rollout: dict, dtype: str, stop_token_ids: list[int]):
+        os.environ.update(IN_PROCESS)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        on_gpu = torch.cuda.is_available()
+        cache_gib = rollout.get("kv_cache_gib") or (None if on_gpu else DEFAULT_CACHE_GIB)
+        if cache_gib and not on_gpu:
+            os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cache_gib)))
+        if rollout.get("attention_backend"):
+            os.environ["VLLM_ATTENTION_BACKEND"] = rollout["attention_backend"]
+        from vllm import LLM
+
+        self._rollout, self._stop_token_ids = rollout, list(stop_token_ids)
+        self._logits_dtype: torch.dtype | None = None
+        self._llm = LLM(str(model_path), dtype=TORCH_NAMES[dtype], **_engine_arguments(rollout, cache_gib, on_gpu))
+        self._runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        self._watch_logits()
+
+    def _watch_logits(self) -> None:
+        """Note the dtype in which the model hands over its logits, from a call that happens anyway."""
+        model = self._runner.model
+        compute = model.compute_logits
+
+        def compute_and_note(*args, **kwargs):
+            logits = compute(*args, **kwargs)
+            self._logits_dtype = self._logits_dtype or logits.dtype
+            return logits
+
+        model.compute_logits = compute_and_note
+
+    def sample(self, requests: list[Request]) -> list[Rollout]:
+        from vllm import SamplingParams
+
+        rollout = self._rollout
+        params = [
+            SamplingParams(
+                temperature=rollout["temperature"], top_p=rollout["top_p"], top_k=rollout.get("top_k") or 0,
+                max_tokens=self._max_tokens(request), seed=request.seed, logprobs=0, flat_logprobs=True,
+                detokenize=False, stop_token_ids=self._stop_token_ids,
+            )
+            for request in requests
+        ]  # fmt: skip
+        prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [_rollout(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+
+    def _max_tokens(self, request: Request) -> int:
+        room = (self._rollout.get("max_model_len") or 10**9) - len(request.prompt_token_ids)
+        return min(self._rollout["max_tokens"], room)
+
+    def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": tokens} for tokens, _ in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            np.array([output.prompt_logprobs[t][tokens[t]].logprob for t in range(num_prompt, len(tokens))], np.float32)
+            for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
+        ]
+
+    def executed(self) -> dict[str, str]:
+        parameters = list(self._runner.model.parameters())
+        weights = {dtype_name(p.dtype) for p in parameters if p.dim() > 1}
+        biases = {dtype_name(p.dtype) for p in parameters if p.dim() <= 1}  # vLLM keeps bf16 biases in fp32 on a CPU
+        caches = self._runner.kv_caches
+        return {
+            "rollout_weights": "+".join(sorted(weights)),
+            "rollout_vectors": "+".join(sorted(biases)),
+            "kv_cache": dtype_name(caches[0].dtype),
+            "rollout_logits": dtype_name(self._logits_dtype) if self._logits_dtype else "not sampled yet",
+            "sampler_engine": "vllm",
+            "sampler_attention": self._runner.attn_groups[0][0].backend.get_name(),
+        }
+
+    def close(self) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = self._runner = None
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _engine_arguments(rollout: dict, cache_gib: float | None, on_gpu: bool) -> dict:
+    arguments = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": rollout["enforce_eager"],
+        "enable_prefix_caching": rollout["prefix_caching"],
+        "enable_chunked_prefill": rollout["chunked_prefill"],
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, temperature included
+        "max_model_len": rollout.get("max_model_len"),
+        "max_num_seqs": rollout.get("max_num_seqs"),
+        "max_num_batched_tokens": rollout.get("max_num_batched_tokens"),
+        "seed": rollout.get("seed") or 0,
+        "disable_log_stats": True,
+        "load_format": "auto",
+    }
+    if on_gpu:  # the CPU backend has no cascade attention, and 0.32 dropped the flag
+        arguments["disable_cascade_attn"] = not rollout["cascade_attention"]
+    if on_gpu and cache_gib:
+        arguments["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
+    if rollout.get("gpu_memory_utilization"):
+        arguments["gpu_memory_utilization"] = rollout["gpu_memory_utilization"]
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _rollout(request: Request, completion) -> Rollout:
+    logprobs = np.array(completion.logprobs.logprobs, np.float32)
+    tokens = list(completion.token_ids)
+    per_position = np.array(completion.logprobs.start_indices)
+    # position t lists the sampled token first; with logprobs=0 it is the only one
+    return Rollout(request, tokens, logprobs[per_position], completion.finish_reason)

@@ -1,0 +1,31 @@
+"""Trainers: the training policy pi. dense.py is transformers (and peft)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from suite.errors import NotRunnable
+
+
+class Trainer(Protocol):
+    """Holds one model in one compute precision on one device."""
+
+    def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        """log pi of given responses: (token_ids, num_prompt_tokens) -> (T_response,) float32 nats each."""
+
+    def executed(self) -> dict[str, str]:
+        """Dtypes read from the live objects, and the arithmetic of their products."""
+
+    def close(self) -> None: ...
+
+
+def load_trainer(model_path: Path, train: dict, precision: dict, temperature: float) -> Trainer:
+    """The trainer that `train` (a resolved settings section) asks for."""
+    if train["engine"] != "dense":
+        raise NotRunnable(f"train.engine {train['engine']!r} is not part of this version; dense is")
+    from suite.trainers.dense import DenseTrainer
+
+    return DenseTrainer(model_path, train, precision, temperature)

@@ -1,0 +1,103 @@
+"""16-bit products on a CPU: fp32 accumulation, one rounding, and the same numbers as native 16-bit kernels."""
+
+from contextlib import nullcontext
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+
+from suite.arithmetic import RoundedProducts, arithmetic_for  # noqa: E402
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def operands(dtype, *shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def ulps_apart(a, b):
+    """Distance of two 16-bit tensors in steps of the format; monotone integer codes of the bit patterns."""
+
+    def code(x):
+        bits = x.contiguous().view(torch.int16).to(torch.int32)
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (code(a) - code(b)).abs()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_product_is_the_fp32_product_rounded_once(dtype):
+    a, b, c = operands(dtype, 6, 40), operands(dtype, 40, 5, seed=1), operands(dtype, 5, seed=2)
+    x, y = operands(dtype, 3, 6, 40, seed=3), operands(dtype, 3, 40, 5, seed=4)
+    bias = operands(dtype, 6, 5, seed=5)
+    cases = {
+        "linear": (lambda: F.linear(a, b.T, c), lambda: F.linear(a.float(), b.T.float(), c.float())),
+        "matmul": (lambda: torch.matmul(a, b), lambda: a.float() @ b.float()),
+        "operator": (lambda: a @ b, lambda: a.float() @ b.float()),
+        "method": (lambda: a.matmul(b), lambda: a.float() @ b.float()),
+        "mm": (lambda: torch.mm(a, b), lambda: a.float() @ b.float()),
+        "bmm": (lambda: torch.bmm(x, y), lambda: torch.bmm(x.float(), y.float())),
+        "addmm": (lambda: torch.addmm(bias, a, b), lambda: torch.addmm(bias.float(), a.float(), b.float())),
+        "baddbmm": (lambda: torch.baddbmm(bias, x, y), lambda: torch.baddbmm(bias.float(), x.float(), y.float())),
+        "einsum": (lambda: torch.einsum("bij,bjk->bik", x, y), lambda: torch.bmm(x.float(), y.float())),
+    }
+    for name, (rounded, reference) in cases.items():
+        with RoundedProducts():
+            found = rounded()
+        assert found.dtype == dtype, name
+        assert torch.equal(found, reference().to(dtype)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_backward_equal_native_kernels_up_to_flips_at_rounding_boundaries(dtype):
+    def run(mode):
+        x = operands(dtype, 64, 96).requires_grad_()
+        w = (operands(torch.float32, 80, 96, seed=1) / 10).to(dtype).requires_grad_()
+        upstream = operands(dtype, 64, 80, seed=2)
+        with mode():
+            out = F.linear(x, w)
+        out.backward(upstream)
+        return out.detach(), x.grad, w.grad
+
+    for name, native, rounded in zip(("y", "dX", "dW"), run(nullcontext), run(RoundedProducts), strict=True):
+        distance = ulps_apart(native, rounded)
+        close = (native.float() - rounded.float()).abs() <= 1e-6 * 96 + 2 * _spacing(native)
+        assert close.all(), f"{name}: further apart than a rounding flip"
+        assert (distance == 0).float().mean() > 0.98, f"{name}: more than 2 % of the elements differ"
+
+
+
+
+def _spacing(x):
+    return torch.nextafter(x.abs(), torch.full_like(x, torch.inf)).float() - x.abs().float()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_is_fp32_attention_rounded_once_and_masks_survive(dtype):
+    q, k, v = (operands(dtype, 2, 4, 10, 16, seed=s) for s in range(3))
+    with RoundedProducts():
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    reference = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert torch.equal(found, reference.to(dtype))
+    assert torch.equal(found[..., 0, :], v[..., 0, :]), "the first position sees itself alone"
+
+
+def test_fp32_products_are_left_alone():
+    a, b = operands(torch.float32, 7, 9), operands(torch.float32, 9, 3, seed=1)
+    with RoundedProducts():
+        found = a @ b
+    assert torch.equal(found, a @ b)
+
+
+def test_fp16_overflow_is_infinite_as_on_a_device():
+    a = torch.full((1, 4), 300.0, dtype=torch.float16)
+    with RoundedProducts():
+        assert torch.isinf(a @ a.T).all(), "4 * 300^2 is beyond 65,504"
+
+
+def test_only_16_bit_products_on_a_cpu_are_rounded():
+    assert arithmetic_for("cpu", torch.float16)[0] == "rounded-fp32-accumulate"
+    assert arithmetic_for("cpu", torch.bfloat16)[0] == "rounded-fp32-accumulate"
+    assert arithmetic_for("cpu", torch.float32)[0] == "native"
+    assert arithmetic_for("cuda", torch.float16)[0] == "native"
