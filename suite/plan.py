@@ -96,7 +96,7 @@ def resolve(task: Task, overrides: dict, point: tuple[tuple[str, Any], ...] = ()
     raw = deep_merge(_written(task), overrides)
     for path, value in point:
         raw = deep_merge(raw, _nested(path, value))
-    file = task.source.path if task.source else task.id
+    file = task.file
     try:
         settings = Settings.model_validate_json(json.dumps(raw), strict=True).model_dump(mode="json")
     except ValidationError as problem:
@@ -121,7 +121,7 @@ def differing_paths(left: dict, right: dict, prefix: str = "") -> list[str]:
 
 def one_factor_errors(task: Task) -> list[TaskError]:
     """Arms that differ outside `vary`, and arms that do not differ at all."""
-    file = task.source.path if task.source else task.id
+    file = task.file
     arms = {arm: resolve(task, task.arms.get(arm, {}), key=f"arms.{arm}") for arm in _arms_resolvable(task)}
     errors = []
     for (first, left), (second, right) in itertools.combinations(arms.items(), 2):

@@ -19,18 +19,18 @@ SECTIONS = ("model", "data", "rollout", "train", "precision", "algorithm", "sche
 # What must stand in every resolved cell of a protocol; everything else may be left out.
 REQUIRED = {
     "offline_mismatch": (
-        "model.family", "model.revision", "model.sha256", "data.id", "data.template", "rollout.engine",
+        "model.family", "model.sha256", "data.id", "data.template", "rollout.engine",
         "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "train.engine",
         "train.score_batch_size", "precision.rollout", "precision.train",
     ),
     "offline_accuracy": (
-        "model.family", "model.revision", "model.sha256", "data.id", "data.template", "rollout.engine",
+        "model.family", "model.sha256", "data.id", "data.template", "rollout.engine",
         "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "precision.rollout",
     ),
     "dataset": ("data.id",),
     "filter": ("model.family", "data.id", "rollout.engine", "rollout.samples_per_prompt", "precision.rollout"),
     "rl": (
-        "model.family", "model.revision", "model.sha256", "data.id", "data.template", "rollout.engine",
+        "model.family", "model.sha256", "data.id", "data.template", "rollout.engine",
         "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "train.engine",
         "train.optimizer", "algorithm.name", "schedule.steps", "schedule.prompts_per_step", "schedule.minibatches",
         "precision.rollout", "precision.train",

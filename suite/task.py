@@ -181,6 +181,16 @@ class Task(Strict):
         return self._source
 
     @property
+    def text(self) -> str:
+        """The task file as it stood when it was read."""
+        return self._source.text if self._source else ""
+
+    @property
+    def file(self) -> Path:
+        """The file to name in errors."""
+        return self._source.path if self._source else Path(f"{self.id}.yaml")
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The sections as plain data, defaults filled in, before any arm."""
         return {name: None if (part := getattr(self, name)) is None else part.model_dump(mode="json") for name in SECTIONS}
@@ -201,9 +211,21 @@ def find_repo(start: Path | None = None) -> Path:
 
 
 def task_files(repo: Path | None = None) -> dict[str, Path]:
-    """Every task of the checkout by file name, sorted; blocks in _base are not tasks."""
-    files = sorted((repo or find_repo()).glob("tasks/*/*.yaml"), key=lambda path: path.stem)
-    return {path.stem: path for path in files if path.parent.name != "_base"}
+    """Every task of the checkout by file name, sorted; blocks in _base are not tasks. Paths are relative to the current folder if below it."""
+    here, repo = Path.cwd(), repo or find_repo()
+    files = sorted(repo.glob("tasks/*/*.yaml"), key=lambda path: path.stem)
+    shown = [path.relative_to(here) if path.is_relative_to(here) else path for path in files]
+    return {path.stem: path for path in shown if path.parent.name != "_base"}
+
+
+def json_schema() -> str:
+    """The JSON Schema of a task file, for editors: `python -m suite.task > tasks/schema.json`; a test keeps the file current.
+
+    Only `id` is required in it, because blocks named in `extends` may supply the rest.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Task.model_json_schema(by_alias=True)}
+    schema["required"] = ["id"]
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 
 
 def load_all(repo: Path | None = None) -> dict[str, Task]:
@@ -221,24 +243,50 @@ def load_all(repo: Path | None = None) -> dict[str, Task]:
 
 def load_task(path_or_id: str | Path) -> Task:
     """The task in a file, or the one of that id in this checkout. Raises TaskErrors naming every error, UserError for an unknown id."""
-    path = _task_path(path_or_id)
-    raw, layers, errors = _read_layers(path)
-    if raw is None:
-        raise TaskErrors(errors)
-    _expand_points(raw)
-    task = None
-    try:
-        task = Task.model_validate_json(json.dumps(raw), strict=True)
-    except ValidationError as problem:
-        errors += explain(problem, raw, Task, layers)
-    errors += _check_place(raw, path)
+    task, errors, _ = read_task(task_path(path_or_id))
     if errors or task is None:
         raise TaskErrors(errors)
-    task._source = Source(path, path.read_text(encoding="utf-8"))
     return task
 
 
-def _task_path(path_or_id: str | Path) -> Path:
+def read_task(path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
+    """(task, errors, keys left out). With errors the task is what remains without the faulty keys, so that the checks of validate.py
+    can still speak about the rest; None where nothing sensible remains."""
+    raw, layers, errors = _read_layers(path)
+    if raw is None:
+        return None, errors, []
+    errors += _check_place(raw, path)
+    _expand_points(raw)
+    task, left_out = None, []
+    for _ in range(4):
+        try:
+            task = Task.model_validate_json(json.dumps(raw), strict=True)
+            task._source = Source(path, path.read_text(encoding="utf-8"))
+            break
+        except ValidationError as problem:
+            errors += [] if left_out else explain(problem, raw, Task, layers)
+            faulty = [error["loc"] for error in problem.errors(include_url=False)]
+            left_out += [".".join(map(str, location)) for location in faulty]
+            if not all([_drop(raw, location) for location in sorted(faulty, key=str, reverse=True)]):
+                break
+    return task, errors, left_out
+
+
+def _drop(raw: Any, location: tuple) -> bool:
+    """Take the value at a location out of the raw mapping; False where there is nothing (a required key is missing)."""
+    for part in location[:-1]:
+        inside = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw))
+        if not inside:
+            return False
+        raw = raw[part]
+    if not isinstance(raw, (dict, list)) or (isinstance(raw, dict) and location[-1] not in raw):
+        return False
+    del raw[location[-1]]
+    return True
+
+
+def task_path(path_or_id: str | Path) -> Path:
+    """The file meant by a path or an id. Raises UserError for an id that this checkout does not have."""
     path = Path(path_or_id)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         return path
@@ -322,3 +370,7 @@ def _check_place(raw: dict, path: Path) -> list[TaskError]:
     if folder in ("desk", "node", "paper") and isinstance(raw.get("tier"), str) and raw["tier"] != folder:
         errors.append(TaskError(path, "tier", raw["tier"], f"{folder} (the folder)"))
     return errors
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

@@ -1,0 +1,157 @@
+"""The command line. Arguments are parsed before anything heavy is imported: `suite --help` needs argparse and nothing else.
+
+Exit codes: 0 PASS or success, 1 FAIL (or a difference found), 2 bad usage or task file, 10 INCONCLUSIVE, 11 ERROR, 12 NOT_RUN, 13 INVALID,
+14 nothing selected or recorded yet, 130 interrupted. The last line of `reproduce` is always the VERDICT line. What each verb does is in
+verbs.py.
+"""
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from suite.errors import NotRunnable, UserError
+
+EXIT_USAGE, EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_INTERRUPTED = 2, 11, 12, 14, 130
+# What a full disk, a read-only folder and a missing right look like.
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit code. Only here are errors turned into messages; a bug keeps its traceback and exits 11."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _call(args)
+    except UserError as problem:
+        _say(f"suite {args.verb}: {problem}")
+        return _end(args, EXIT_USAGE)
+    except NotRunnable as problem:
+        _say(f"suite {args.verb}: NOT_RUN: {problem}")
+        return _end(args, EXIT_NOT_RUN, "NOT_RUN")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as `head` has gone; not an error
+        return 0
+    except OSError as problem:
+        if problem.errno not in _WRITE_ERRORS:
+            traceback.print_exc()
+        else:
+            name = problem.filename or "a file"
+            _say(f"suite {args.verb}: cannot write {name}: {problem.strerror}; what was recorded before is intact")
+        return _end(args, EXIT_ERROR, "ERROR")
+    except KeyboardInterrupt:
+        _say(f"suite {args.verb}: interrupted; the same command goes on from here")
+        return _end(args, EXIT_INTERRUPTED, "ERROR")
+    except Exception:
+        traceback.print_exc()
+        return _end(args, EXIT_ERROR, "ERROR")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every verb and flag of the command line."""
+    parser = argparse.ArgumentParser(prog="suite", description="Re-run and grade the claims of arXiv 2510.26788 on your own machine.")
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    add = _adder(verbs)
+    verb = add("list", "what there is")
+    verb.add_argument("--tier", choices=("desk", "node", "paper"))
+    verb.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+    add("show", "a task resolved, or a claim with the paper's value and our results").add_argument("name", metavar="TASK|CLAIM")
+    verb = add("validate", "check task files: every error at once")
+    verb.add_argument("names", nargs="*", metavar="TASK|FILE", help="default: all tasks")
+    verb = add("doctor", "what this machine can run, and why not")
+    verb.add_argument("task", nargs="?", metavar="TASK")
+    add("plan", "cells, memory, time, and what the design can decide").add_argument("task", metavar="TASK")
+
+    _run_flags(add("run", "run the missing cells of a task; the same command again resumes"))
+    verb = add("grade", "verdict from records; needs no engine")
+    verb.add_argument("task", metavar="TASK")
+    verb.add_argument("--runs", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir())
+    verb.add_argument("--evidence", type=Path, metavar="FILE", help="grade rollouts that another framework wrote (parquet or JSONL)")
+    _run_flags(add("reproduce", "doctor, run, grade and a readable summary"))
+
+    verb = add("publish", "copy finished runs into results/ and regenerate tables and figures")
+    verb.add_argument("task", metavar="TASK")
+    verb.add_argument("--runs", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir())
+    verb = add("report", "regenerate what is generated in results/")
+    verb.add_argument("--check", action="store_true", help="change nothing; exit 1 if anything would change")
+    verb = add("verify", "recompute every published verdict")
+    verb.add_argument("target", nargs="?", metavar="TASK|BUNDLE")
+    verb = add("desk", "make the embedded models from their recipe")
+    verb.add_argument("action", choices=("build",))
+    verb.add_argument("--size", default="1m", help="which recipe (default: %(default)s)")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="write there instead of baselines/desk")
+    verb.add_argument("--check", action="store_true", help="re-make the model and compare its behaviour with the shipped one")
+    return parser
+
+
+def _adder(verbs):
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+    return add
+
+
+def _run_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("task", metavar="TASK")
+    verb.add_argument("--seeds", type=_numbers, metavar="0,1", help="only these of the task's seeds (controls keep theirs)")
+    verb.add_argument("--arm", type=_names, metavar="A,B", help="only these arms or controls")
+    verb.add_argument("--limit", type=_positive, metavar="N", help="RL steps or prompts per cell; such runs are never graded")
+    verb.add_argument("--fresh", action="store_true", help="a new attempt for finished cells; earlier ones stay and are graded too")
+    verb.add_argument("--out", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir(),
+                      help="where run folders go (default: RUNS_DIR or runs)")  # fmt: skip
+    verb.add_argument("--nproc", type=_positive, metavar="N", default=1, help="processes on this machine, through torchrun")
+    verb.add_argument("--launcher", metavar="COMMAND", help='start the processes with this instead, such as "srun -n 8"')
+
+
+def _call(args: argparse.Namespace) -> int:
+    from suite.verbs import VERBS
+
+    return VERBS[args.verb](args)
+
+
+def _end(args: argparse.Namespace, code: int, verdict: str | None = None) -> int:
+    """The VERDICT line of a `reproduce` that got no verdict from grading."""
+    if args.verb == "reproduce" and verdict is not None:
+        from suite.verbs import line_without_grading
+
+        print(line_without_grading(args.task, verdict), flush=True)
+    return code
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _version() -> str:
+    from suite import __version__
+
+    return f"fp16-mismatch-suite {__version__}"
+
+
+def _runs_dir() -> Path:
+    return Path(os.environ.get("RUNS_DIR") or "runs")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 0,1,2") from None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

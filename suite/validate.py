@@ -1,0 +1,327 @@
+"""What can only be judged across the keys of a task, or against the rest of the checkout. Every error at once; warnings beside them.
+
+An error makes the task unusable. A warning says what a verdict of this task cannot be: too few seeds, an input nobody pinned yet, a
+tolerance that is only judgement. No torch.
+"""
+
+import math
+import re
+from pathlib import Path
+
+from suite.errors import TaskError
+from suite.plan import arm_names, differing_paths, grid_points, one_factor_errors, plan, read_path, resolve
+from suite.settings import SECTIONS
+from suite.strict_yaml import TaskErrors, read_yaml
+from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_files, task_path
+
+# The contrast that each kind of claim speaks about.
+FORMS = {
+    "ratio": ("ratio",), "threshold": ("arm", "ratio", "difference"), "event": ("arm", "difference"), "ordering": ("order",),
+    "equivalence": ("difference", "ratio"), "count": ("arm",), "report": ("arm", "ratio", "difference", "order"),
+}  # fmt: skip
+ARM_NAME = re.compile(r"^(fp32|bf16|fp16)(?:-(fp32|bf16|fp16))?(?:-[A-Za-z0-9_-]+)?$")
+
+
+def validate_file(path_or_id: str | Path) -> tuple[list[TaskError], list[str]]:
+    """(errors, warnings) of one task file: what `load_task` finds, and everything below."""
+    task, errors, left_out = read_task(task_path(path_or_id))
+    if task is None:
+        return errors, []
+    more, warnings = check(task)
+    if left_out:  # an error about a key that was taken out would only echo the first one
+        more = [error for error in more if not _echoes(error.key, left_out)]
+    return errors + more, warnings
+
+
+def check(task: Task) -> tuple[list[TaskError], list[str]]:
+    """(errors, warnings) of a task that is well-formed by itself."""
+    errors = _resolution_errors(task)
+    if not errors:
+        errors += one_factor_errors(task) + _arm_precision_errors(task)
+    errors += _name_errors(task) + _claim_errors(task) + _control_errors(task) + _needs_errors(task)
+    return errors, _warnings(task)
+
+
+def require_valid(task: Task) -> Task:
+    """The task itself, or TaskErrors: what every verb that runs or grades calls first."""
+    errors, _ = check(task)
+    if errors:
+        raise TaskErrors(errors)
+    return task
+
+
+def allowed_estimands(task: Task) -> dict[str, tuple[float, float]]:
+    """Estimand names that this task's protocol can give, each with the range its level can take."""
+    if task.protocol == "dataset":
+        from suite.protocols.dataset import ESTIMANDS
+    else:
+        from suite.estimands import ESTIMANDS
+    return {name: (float(estimand.range[0]), float(estimand.range[1])) for name, estimand in ESTIMANDS.items()}
+
+
+def contrast_range(level: tuple[float, float], contrast: Contrast, reducer: str = "mean") -> tuple[float, float]:
+    """What a contrast of an estimand with this range of levels can come to."""
+    low, high = level
+    if reducer == "fraction_of_seeds":
+        return (0.0, 1.0)
+    if reducer == "time_to_event":
+        return (0.0, math.inf)
+    if contrast.form == "ratio":
+        return (0.0, math.inf) if low >= 0 else (-math.inf, math.inf)
+    return (low - high, high - low) if contrast.form in ("difference", "order") else (low, high)
+
+
+def _echoes(key: str, left_out: list[str]) -> bool:
+    return any(key == gone or key.startswith(gone + ".") or gone.startswith(key + ".") for gone in left_out)
+
+
+def _resolution_errors(task: Task) -> list[TaskError]:
+    """Every arm and control at every grid point must be a complete, well-typed set of settings; said once per key."""
+    errors: dict[str, TaskError] = {}
+    for arm in arm_names(task) if task.protocol != "compare" else ():
+        for point in grid_points(task):
+            _collect(errors, task, task.arms.get(arm, {}), point, f"arms.{arm}")
+    if not errors:
+        try:
+            cells = plan(task)
+        except TaskErrors as found:
+            return found.errors
+        names = [cell.name for cell in cells]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
+    return list(errors.values())
+
+
+def _collect(errors: dict[str, TaskError], task: Task, overrides: dict, point, key: str) -> None:
+    try:
+        resolve(task, overrides, point, key)
+    except TaskErrors as found:
+        errors.update({error.key: error for error in found.errors if error.key not in errors})
+
+
+def _name_errors(task: Task) -> list[TaskError]:
+    errors = []
+    for arm in task.arms:
+        if not ARM_NAME.match(arm) and task.protocol not in ("dataset", "compare"):
+            allowed = "a name that begins with fp32, bf16, fp16 or a train-rollout pair such as bf16-fp32"
+            errors.append(TaskError(task.file, f"arms.{arm}", arm, allowed))
+    if not task.arms and task.protocol not in ("dataset", "compare"):
+        errors.append(TaskError(task.file, "arms", "nothing", "at least one arm"))
+    for path in task.vary:
+        if path.split(".")[0] not in SECTIONS:
+            errors.append(TaskError(task.file, "vary", path, f"dotted paths that begin with {', '.join(SECTIONS)}"))
+    known = set(_metric_names())
+    for name in task.metrics if task.protocol != "dataset" else ():
+        if name not in known:
+            errors.append(TaskError(task.file, "metrics", name, ", ".join(sorted(known))))
+    errors += _algorithm_errors(task)
+    return errors
+
+
+def _metric_names() -> tuple[str, ...]:
+    from suite.estimands import ESTIMANDS
+
+    return tuple(ESTIMANDS)
+
+
+def _algorithm_errors(task: Task) -> list[TaskError]:
+    if task.protocol != "rl" or task.algorithm is None or task.algorithm.name is None:
+        return []
+    from suite.algorithms import ALGORITHMS
+
+    if task.algorithm.name in ALGORITHMS:
+        return []
+    return [TaskError(task.file, "algorithm.name", task.algorithm.name, ", ".join(sorted(ALGORITHMS)))]
+
+
+def _arm_precision_errors(task: Task) -> list[TaskError]:
+    """`bf16` means both sides in bf16; `bf16-fp32` means train in bf16, rollout in fp32. A name that says otherwise misleads."""
+    errors = []
+    for arm in task.arms:
+        match = ARM_NAME.match(arm)
+        if match is None:
+            continue
+        train, rollout = match.group(1), match.group(2) or match.group(1)
+        settings = resolve(task, task.arms[arm], (grid_points(task) or [()])[0], f"arms.{arm}")
+        for path, expected in (("precision.train", train), ("precision.rollout", rollout)):
+            found = read_path(settings, path, None)
+            if found is not None and found != expected:
+                errors.append(TaskError(task.file, f"arms.{arm}.{path}", found, f"{expected} (the arm's name says so)"))
+    return errors
+
+
+def _claim_errors(task: Task) -> list[TaskError]:
+    errors, ids = [], [claim.id for claim in task.claims]
+    for claim_id in sorted({name for name in ids if ids.count(name) > 1}):
+        errors.append(TaskError(task.file, "claims", f"{claim_id} twice", "each claim id once"))
+    for name in sorted(set(task.grade) - set(ids)):
+        errors.append(TaskError(task.file, f"grade.{name}", name, f"one of the claims: {', '.join(ids)}"))
+    for claim in task.claims:
+        if claim.paper is not None:
+            errors += _baseline_errors(task, claim)
+        grade = task.grade.get(claim.id)
+        if grade is not None:
+            errors += _grade_errors(task, claim, grade)
+        elif claim.kind != "report":
+            errors.append(TaskError(task.file, f"grade.{claim.id}", "nothing", f"a grade (kind {claim.kind} is graded)"))
+    return errors
+
+
+def _grade_errors(task: Task, claim: Claim, grade: Grade) -> list[TaskError]:
+    key = f"grade.{claim.id}"
+    errors = _contrast_errors(task, key, grade.contrast) + _point_errors(task, key, grade.at, whole=True)
+    errors += _estimand_errors(task, key, grade.estimand)
+    if grade.contrast.form not in FORMS[claim.kind]:
+        allowed = f"{' or '.join(FORMS[claim.kind])} (kind {claim.kind})"
+        errors.append(TaskError(task.file, f"{key}.contrast", grade.contrast.form, allowed))
+    if claim.kind == "report":
+        return errors
+    needed = ["interval", "tolerance"] + (["event"] if claim.kind == "event" else []) + (["accept"] if claim.kind != "ordering" else [])
+    for name in needed:
+        if getattr(grade, name) is None:
+            errors.append(TaskError(task.file, f"{key}.{name}", "nothing", f"a value (kind {claim.kind} is graded)"))
+    if claim.kind == "ordering" and grade.contrast.margin is None:
+        errors.append(TaskError(task.file, f"{key}.contrast.margin", "nothing", "a share, such as 0.10"))
+    return errors + _accept_errors(task, key, grade.estimand, grade.contrast, grade.accept, grade.reducer)
+
+
+def _contrast_errors(task: Task, key: str, contrast: Contrast) -> list[TaskError]:
+    forms = [form for form in ("arm", "ratio", "difference", "order") if getattr(contrast, form) is not None]
+    if len(forms) != 1:
+        found = ", ".join(forms) or "nothing"
+        return [TaskError(task.file, f"{key}.contrast", found, "exactly one of arm, ratio, difference, order")]
+    if task.protocol == "compare":  # its names are arms of the tasks in `needs`
+        return []
+    known = [*arm_names(task), *(control.name for control in task.controls)]
+    return [
+        TaskError(task.file, f"{key}.contrast.{forms[0]}", name, f"an arm or control: {', '.join(known)}")
+        for name in contrast.names
+        if name not in known
+    ]
+
+
+def _point_errors(task: Task, key: str, at: dict, whole: bool) -> list[TaskError]:
+    """`at` must name grid values that exist; for a grade, one on each axis that has several."""
+    errors = []
+    for axis, value in at.items():
+        if axis not in task.grid:
+            errors.append(TaskError(task.file, f"{key}.at.{axis}", axis, f"an axis of the grid: {', '.join(task.grid) or '(none)'}"))
+        elif value not in task.grid[axis]:
+            labels = ", ".join(axis_label(point) for point in task.grid[axis])
+            errors.append(TaskError(task.file, f"{key}.at.{axis}", value, f"a value of the grid: {labels}"))
+    for axis, values in task.grid.items() if whole else ():
+        if axis not in at and len(values) > 1:
+            labels = ", ".join(axis_label(point) for point in values)
+            errors.append(TaskError(task.file, f"{key}.at.{axis}", "nothing", f"one of: {labels}"))
+    return errors
+
+
+def _estimand_errors(task: Task, key: str, name: str) -> list[TaskError]:
+    allowed = allowed_estimands(task)
+    return [] if name in allowed else [TaskError(task.file, f"{key}.estimand", name, ", ".join(sorted(allowed)))]
+
+
+def _accept_errors(task: Task, key: str, estimand: str, contrast: Contrast, accept, reducer: str) -> list[TaskError]:
+    levels = allowed_estimands(task)
+    if accept is None or estimand not in levels:
+        return []
+    low, high = (-math.inf if accept[0] is None else accept[0]), (math.inf if accept[1] is None else accept[1])
+    shown, (range_low, range_high) = list(accept), contrast_range(levels[estimand], contrast, reducer)
+    where = f"the {contrast.form} of {estimand} ranges over [{range_low:g}, {range_high:g}]"
+    if low > high:
+        return [TaskError(task.file, f"{key}.accept", shown, "[low, high] with low <= high")]
+    if low <= range_low and high >= range_high:
+        return [TaskError(task.file, f"{key}.accept", shown, "a region that some outcome can miss", where)]
+    if high < range_low or low > range_high:
+        return [TaskError(task.file, f"{key}.accept", shown, "a region that some outcome can meet", where)]
+    return []
+
+
+def _control_errors(task: Task) -> list[TaskError]:
+    errors, names = [], [control.name for control in task.controls]
+    for control in task.controls:
+        key = f"controls.{control.name}"
+        if not control.name.startswith("control-"):
+            errors.append(TaskError(task.file, f"{key}.name", control.name, "a name that begins with control-"))
+        if names.count(control.name) > 1:
+            errors.append(TaskError(task.file, f"{key}.name", f"{control.name} twice", "each control once"))
+        if control.like not in task.arms:
+            errors.append(TaskError(task.file, f"{key}.like", control.like, f"an arm: {', '.join(task.arms)}"))
+        else:
+            errors += _aa_errors(task, control, key)
+        errors += _contrast_errors(task, key, control.contrast) + _point_errors(task, key, control.at, whole=False)
+        errors += _estimand_errors(task, key, control.estimand)
+        errors += _accept_errors(task, key, control.estimand, control.contrast, control.accept, "mean")
+    return errors
+
+
+def _aa_errors(task: Task, control: Control, key: str) -> list[TaskError]:
+    """An A/A control is its arm again: same settings, and no seed in common, or it would compare a run with itself."""
+    if control.kind != "aa":
+        return []
+    errors = []
+    if control.set:
+        errors.append(TaskError(task.file, f"{key}.set", sorted(control.set), "nothing: an A/A control differs in seeds only"))
+    if shared := sorted(set(control.seeds) & set(task.seeds)):
+        errors.append(TaskError(task.file, f"{key}.seeds", shared, "seeds that the arms do not use"))
+    return errors
+
+
+def _needs_errors(task: Task) -> list[TaskError]:
+    there = {path.stem for path in base_folder(task.file).parent.glob("*/*.yaml") if path.parent.name != "_base"}
+    errors = [TaskError(task.file, "needs", name, f"a task: {', '.join(sorted(there))}") for name in task.needs if name not in there]
+    if task.protocol == "compare" and not task.needs:
+        errors.append(TaskError(task.file, "needs", "nothing", "the tasks whose records it compares"))
+    return errors
+
+
+def _baseline_errors(task: Task, claim: Claim) -> list[TaskError]:
+    """The dotted key must exist in baselines/paper.yaml, and where both give a number it must be the same one."""
+    path = base_folder(task.file).parent.parent / "baselines" / "paper.yaml"
+    value, problems = read_yaml(path)
+    if problems:
+        return problems
+    for part in claim.paper.baseline.split("."):
+        if not isinstance(value, dict) or part not in value:
+            allowed = f"a key in baselines/paper.yaml; at this place: {', '.join(value) if isinstance(value, dict) else value}"
+            return [TaskError(task.file, f"claims.{claim.id}.paper.baseline", claim.paper.baseline, allowed)]
+        value = value[part]
+    value = value.get("value") if isinstance(value, dict) else value
+    numbers = (value, claim.paper.value)
+    if all(isinstance(number, (int, float)) for number in numbers) and not math.isclose(*numbers):
+        return [TaskError(task.file, f"claims.{claim.id}.paper.value", claim.paper.value, f"{value} (baselines/paper.yaml)")]
+    return []
+
+
+def unpinned_inputs(task: Task) -> list[str]:
+    """Dotted paths of revisions and hashes that are still written `unknown`: they cap every verdict of the task."""
+    found = set()
+    for overrides in [*task.arms.values(), {}] if task.arms else [{}]:
+        for point in grid_points(task):
+            try:
+                settings = resolve(task, overrides, point)
+            except TaskErrors:
+                continue
+            found |= set(_unknown(settings))
+    return sorted(found)
+
+
+def _unknown(value, path: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [inner for name, part in value.items() for inner in _unknown(part, f"{path}.{name}" if path else name)]
+    if isinstance(value, list):
+        return [inner for part in value for inner in _unknown(part, path)]
+    return [path] if value == "unknown" and path.rsplit(".", 1)[-1] in ("revision", "sha256") else []
+
+
+def _warnings(task: Task) -> list[str]:
+    warnings = [f"{task.file}: {path}: unknown; verdicts are capped at INCONCLUSIVE until it is pinned" for path in unpinned_inputs(task)]
+    for name, grade in task.grade.items():
+        key, seeds = f"{task.file}: grade.{name}", len(task.seeds)
+        if task.protocol != "dataset" and seeds < grade.min_seeds:
+            warnings.append(f"{key}.min_seeds: {grade.min_seeds} asked, {seeds} planned: it cannot reach PASS")
+        if task.protocol != "dataset" and seeds < 2 and grade.accept is not None:
+            warnings.append(f"{key}: one seed planned: it cannot reach FAIL")
+        if grade.tolerance is not None and grade.tolerance.level == "P5":
+            warnings.append(f"{key}.tolerance.level: P5 (judgement); the verdict is capped at INCONCLUSIVE")
+    return warnings

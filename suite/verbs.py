@@ -1,0 +1,244 @@
+"""What each verb of the command line does: one function each, from parsed arguments to an exit code.
+
+Anything that needs an engine is imported inside the verb that runs one, so that list, show, validate, plan, grade, report and verify work
+on a machine without torch.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from suite.cli import EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE
+from suite.errors import NotRunnable, UserError
+from suite.plan import Cell, plan
+from suite.strict_yaml import TaskErrors
+from suite.task import Task, find_repo, load_all, load_task, task_files
+from suite.validate import require_valid, validate_file
+
+
+def list_tasks(args) -> int:
+    from suite import show as rendering
+
+    tasks = [task for task in load_all().values() if args.tier in (None, task.tier)]
+    if args.json:
+        print(json.dumps([rendering.summary(task) for task in tasks], indent=1))
+    else:
+        rendering.print_list(tasks)
+    return 0 if tasks else EXIT_NOTHING
+
+
+def show_one(args) -> int:
+    from suite import show as rendering
+
+    if rendering.is_claim(args.name):
+        rendering.print_claim(args.name.upper(), load_all(), find_repo())
+    else:
+        rendering.print_task(load_task(args.name))
+    return 0
+
+
+def validate(args) -> int:
+    names = args.names or [str(path) for path in task_files().values()]
+    errors, warnings = [], []
+    for name in names:
+        found, remarks = validate_file(name)
+        errors += found
+        warnings += remarks
+    for remark in warnings:
+        print(f"warning: {remark}")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    print(f"{len(names)} task files: {len(errors)} errors, {len(warnings)} warnings")
+    return EXIT_USAGE if errors else 0 if names else EXIT_NOTHING
+
+
+def doctor(args) -> int:
+    from suite import environment
+    from suite import show as rendering
+
+    task = load_task(args.task) if args.task else None
+    machine = environment.collect()
+    rendering.print_findings(environment.doctor(task, machine), environment.fingerprint(machine))
+    reason = environment.can_run(task, machine) if task else None
+    if reason:
+        raise NotRunnable(reason)
+    return 0
+
+
+def show_plan(args) -> int:
+    from suite import show as rendering
+
+    task = require_valid(load_task(args.task))
+    rendering.print_plan(task, plan(task), _design_power(task))
+    return 0
+
+
+def run(args) -> int:
+    task = require_valid(load_task(args.task))
+    cells = select(task, args.seeds, args.arm)
+    if not cells:
+        print(f"{task.id}: nothing selected")
+        return EXIT_NOTHING
+    _check_machine(task)
+    return _run_cells(args, task, cells)
+
+
+def grade(args) -> int:
+    from suite import show as rendering
+
+    task = require_valid(load_task(args.task))
+    if args.evidence:
+        from suite.dump import grade_evidence
+
+        verdict, path = grade_evidence(task, args.evidence), None
+    else:
+        verdict, path = _grade_records(task, args.runs_dir)
+    if verdict is None:
+        print(f"{task.id}: nothing recorded below {args.runs_dir}; run it with: suite run {task.id}")
+        return EXIT_NOTHING
+    rendering.print_verdict(verdict)
+    return _last_line(verdict, path)
+
+
+def reproduce(args) -> int:
+    from suite import show as rendering
+
+    task = require_valid(load_task(args.task))
+    cells = select(task, args.seeds, args.arm)
+    rendering.print_heading(task, len(cells))
+    _check_machine(task)
+    code = _run_cells(args, task, cells) if cells else 0
+    if code:
+        print(line_without_grading(task.id, "ERROR"))
+        return EXIT_ERROR
+    verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
+    if verdict is None:
+        print("a run with --limit is never graded" if args.limit else f"nothing recorded below {args.runs_dir}")
+        print(line_without_grading(task.id, "NOT_RUN"))
+        return EXIT_NOT_RUN if args.limit else EXIT_NOTHING
+    rendering.print_verdict(verdict)
+    return _last_line(verdict, path)
+
+
+def publish(args) -> int:
+    from suite.report import publish as publish_task
+
+    return publish_task(require_valid(load_task(args.task)).id, args.runs_dir, find_repo() / "results")
+
+
+def report(args) -> int:
+    from suite.report import report as write_report
+
+    return write_report(find_repo() / "results", check=args.check)
+
+
+def verify(args) -> int:
+    from suite.report import verify as verify_results
+
+    return verify_results(args.target, find_repo() / "results")
+
+
+def desk(args) -> int:
+    from suite.desk.build import run as build
+
+    return build(size=args.size, out=args.out, check=args.check)
+
+
+VERBS = {
+    "list": list_tasks, "show": show_one, "validate": validate, "doctor": doctor, "plan": show_plan, "run": run, "grade": grade,
+    "reproduce": reproduce, "publish": publish, "report": report, "verify": verify, "desk": desk,
+}  # fmt: skip
+
+
+def select(task: Task, seeds: list[int] | None = None, arms: list[str] | None = None) -> list[Cell]:
+    """The planned cells, narrowed to some seeds and arms. Controls keep their own seeds and stay unless arms are named.
+
+    Raises UserError for a seed or arm that the task does not have: seeds are fixed in the task file, or adding some until it passes
+    would be a way to a false pass.
+    """
+    cells = plan(task)
+    unknown = sorted({seed for seed in seeds or ()} - set(task.seeds))
+    if unknown:
+        raise UserError(f"--seeds: {task.id} has no seed {unknown[0]}; it has {', '.join(map(str, task.seeds))}")
+    names = dict.fromkeys(cell.arm for cell in cells)
+    for arm in arms or ():
+        if arm not in names:
+            raise UserError(f"--arm: {task.id} has no arm {arm!r}; it has {', '.join(names)}")
+    chosen = [cell for cell in cells if arms is None or cell.arm in arms]
+    return [cell for cell in chosen if seeds is None or cell.is_control or cell.seed in seeds]
+
+
+def line_without_grading(task_id: str, verdict: str) -> str:
+    """The VERDICT line of a task that has no verdict file: it could not run, or broke off."""
+    try:
+        task = load_task(task_id)
+        name, num_graded = task.id, sum(claim.kind != "report" for claim in task.claims)
+    except (TaskErrors, UserError):
+        name, num_graded = task_id, 0
+    return f"VERDICT task={name} verdict={verdict} claims=0/{num_graded} verdict_file=-"
+
+
+def _check_machine(task: Task) -> None:
+    from suite import environment
+
+    reason = environment.can_run(task, environment.collect())
+    if reason:
+        raise NotRunnable(reason)
+
+
+def _run_cells(args, task: Task, cells: list[Cell]) -> int:
+    """In this process, or in as many as --nproc or --launcher start; 0, or 11 if one of those failed."""
+    if (args.nproc > 1 or args.launcher) and "RANK" not in os.environ:
+        return _launch(args)
+    from suite.progress import Progress
+    from suite.protocols import run_task
+
+    with Progress(len(cells)) as progress:
+        run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress)
+    return 0
+
+
+def _launch(args) -> int:
+    """`suite run` once per process; grading stays here, because launchers fold exit codes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
+    start = [*shlex.split(args.launcher), sys.executable] if args.launcher else torchrun
+    command = [*start, "-m", "suite", "run", args.task, "--runs-dir", str(args.runs_dir)]
+    command += ["--seeds", ",".join(map(str, args.seeds))] if args.seeds else []
+    command += ["--arm", ",".join(args.arm)] if args.arm else []
+    command += ["--limit", str(args.limit)] if args.limit else []
+    command += ["--fresh"] if args.fresh else []
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        print(f"{shlex.join(start)}: exit code {code}", file=sys.stderr)
+    return EXIT_ERROR if code else 0
+
+
+def _grade_records(task: Task, runs_dir: Path):
+    """(verdict, its file) of the newest fingerprint recorded; every fingerprint gets its own verdict. (None, None) without records."""
+    from suite.grade import grade_by_fingerprint, write_verdict
+    from suite.record import find_runs
+
+    runs = find_runs(runs_dir, task.id)
+    needed = {name: find_runs(runs_dir, name) for name in task.needs}
+    if not runs and not any(needed.values()):
+        return None, None
+    verdicts = grade_by_fingerprint(task, runs, needed or None)
+    newest = max(runs or [run for found in needed.values() for run in found], key=lambda run: str(run.record.get("started_utc")))
+    verdict = verdicts[newest.fingerprint]
+    return verdict, write_verdict(verdict, runs_dir)
+
+
+def _design_power(task: Task) -> dict:
+    from suite.grade import design_power
+
+    return design_power(task)
+
+
+def _last_line(verdict: dict, path: Path | None) -> int:
+    from suite.grade import EXIT_CODES, verdict_line
+
+    print(verdict_line(verdict, path or "-"), flush=True)
+    return EXIT_CODES[verdict["verdict"]]
