@@ -1,0 +1,206 @@
+"""From launches to an estimate with its intervals: a level, a ratio, a difference, or a share of seeds. No torch.
+
+Two intervals are taken from the same values. The one at the stated level (90 %, so each end is a one-sided 5 % bound) is shown and
+decides PASS: a task passes only if all of its claims do, so no claim needs more than its own 5 %. The wider one, with the 5 % split
+over the graded claims of the task, decides FAIL: a task fails as soon as one claim does. Exact kinds (counts, shares of seeds) keep
+the stated level for both; with five seeds a split one could never exclude anything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from suite import stats
+from suite.launches import Launch, prompt_table, scale_of
+from suite.mismatch import SUMS, estimates_of_totals
+
+Ends = tuple[float, float]
+ADDITIVE = tuple(estimates_of_totals(dict.fromkeys(SUMS, 1.0)))  # estimands that are functions of additive sums
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Two-sided confidence levels: `stated` by the grade, `strict` with the 5 % split over the task's graded claims."""
+
+    stated: float
+    strict: float
+
+    @classmethod
+    def split(cls, level: float, num_claims: int) -> Levels:
+        return cls(level, 1 - (1 - level) / max(num_claims, 1))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison. interval and strict are None where there is none, and `problem` says why."""
+
+    label: str
+    estimate: float | None
+    interval: Ends | None
+    strict: Ends | None
+    method: str
+    num_seeds: int
+    per_seed: list[dict] = field(repr=False)
+    problem: str = ""
+    spread: float | None = None  # standard deviation between launches, on `scale`
+    scale: str = "identity"
+    censored: str = ""  # "" | "high" (the truth lies at or above the estimate) | "low" | "both"
+
+
+def level_of(label: str, found: list[Launch], grade, levels: Levels) -> Finding:
+    """The value of one arm."""
+    scale = {"log_ratio": "identity", "time_to_event": "log"}.get(grade.reducer, scale_of(grade.estimand))
+    per_seed = [{"seed": launch.seed, "value": launch.value, "censored": launch.censored} for launch in found]
+    known = all(launch.trials for launch in found)
+    trials = [launch.trials for launch in found] if scale == "logit" and known else None
+    values = [launch.value for launch in found]
+    return _finding(label, [values], scale, trials, per_seed, _censored(found, []), grade, "arm", [found], levels)
+
+
+def contrast_of(label: str, form: str, first: list[Launch], second: list[Launch], grade, levels: Levels) -> Finding:
+    """The ratio (as a log-ratio) or the difference of two arms; pair by pair where they share their seeds."""
+    scale = "log" if form == "ratio" else "identity"
+    left, right = ({launch.seed: launch for launch in found} for found in (first, second))
+    shared = sorted(left.keys() & right.keys())
+    if len(shared) < 2 and not (shared and len(left) == len(right) == 1):
+        columns = [[launch.value for launch in found] for found in (first, second)]
+        per_seed = [row for side, found in enumerate((first, second)) for row in _one_sided(found, side)]
+        return _finding(label, columns, scale, None, per_seed, _censored(first, second), grade, form, [first, second], levels)
+    first, second = [left[seed] for seed in shared], [right[seed] for seed in shared]
+    values = [_apart(a.value, b.value, form) for a, b in zip(first, second, strict=True)]
+    per_seed = [
+        {"seed": a.seed, "value": value, "values": [a.value, b.value], "censored": _censored([a], [b])}
+        for a, b, value in zip(first, second, values, strict=True)
+    ]
+    return _finding(label, [values], scale, None, per_seed, _censored(first, second), grade, form, [first, second], levels)
+
+
+def share_of_seeds(label: str, found: list[Launch], levels: Levels) -> Finding:
+    """The fraction of seeds that show the event, with the exact (Clopper-Pearson) interval."""
+    per_seed = [{"seed": launch.seed, "value": launch.value, "censored": launch.censored} for launch in found]
+    if not found or any(launch.value is None for launch in found):
+        problem = "a series is shorter than window + hold: no event could have been seen" if found else "no finished run"
+        return Finding(label, None, None, None, "clopper_pearson", len(found), per_seed, problem)
+    shown = stats.clopper_pearson(sum(launch.value > 0 for launch in found), len(found), levels.stated)
+    return Finding(label, shown.estimate, shown[1:3], shown[1:3], "clopper_pearson", len(found), per_seed)
+
+
+def difference_of_shares(label: str, first: list[Launch], second: list[Launch], levels: Levels) -> Finding:
+    """Fraction of seeds with the event, first minus second: the exact intervals of both, combined by square and add (Newcombe)."""
+    a, b = share_of_seeds(label, first, levels), share_of_seeds(label, second, levels)
+    num_seeds, per_seed = min(a.num_seeds, b.num_seeds), a.per_seed + b.per_seed
+    if a.problem or b.problem:
+        return Finding(label, None, None, None, "newcombe", num_seeds, per_seed, a.problem or b.problem)
+    centre = a.estimate - b.estimate
+    low = centre - math.hypot(a.estimate - a.interval[0], b.interval[1] - b.estimate)
+    high = centre + math.hypot(a.interval[1] - a.estimate, b.estimate - b.interval[0])
+    return Finding(label, centre, (low, high), (low, high), "newcombe", num_seeds, per_seed)
+
+
+def exact(label: str, found: list[Launch]) -> Finding:
+    """A count: the interval is the value itself, or spans the values where launches disagree."""
+    values = [launch.value for launch in found if launch.value is not None]
+    per_seed = [{"seed": launch.seed, "value": launch.value, "censored": ""} for launch in found]
+    if len(values) < len(found) or not values:
+        return Finding(label, None, None, None, "exact", len(found), per_seed, "no value in at least one run")
+    ends = (min(values), max(values))
+    return Finding(label, float(np.median(values)), ends, ends, "exact", len(found), per_seed)
+
+
+def within(estimand: str, form: str, arms: list[list[Launch]], level: float) -> stats.Interval | None:
+    """Interval over prompts inside these launches (cluster bootstrap, rows of a prompt merged), arms resampled together.
+
+    None where prompt sums were not kept, the arms saw different prompts, or the estimand is not a function of sums.
+    """
+    tables = [prompt_table(found) for found in arms] if estimand in ADDITIVE else [None]
+    if any(table is None or len(table["prompt_id"]) < 2 for table in tables):
+        return None
+    tables = [_sorted(table) for table in tables]
+    if any(list(table["prompt_id"]) != list(tables[0]["prompt_id"]) for table in tables):
+        return None
+
+    def statistic(*totals):
+        values = [estimates_of_totals(total)[estimand] for total in totals]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return values[0] / values[1] if form == "ratio" else values[0] - values[1] if form == "difference" else values[0]
+
+    return stats.prompt_bootstrap([{name: table[name] for name in SUMS} for table in tables], statistic, level)
+
+
+def _sorted(table: dict) -> dict:
+    order = np.argsort(table["prompt_id"].astype(str), kind="stable")
+    return {name: column[order] for name, column in table.items()}
+
+
+def _finding(label, columns, scale, trials, per_seed, censored, grade, form, arms, levels: Levels) -> Finding:
+    """columns: one list of values for a single arm or for pairs, two for arms that share no seeds. arms: the launches behind them."""
+    method = grade.interval.method if grade.interval else "student_t"
+    num_seeds = min(len(column) for column in columns)
+    on_scale = None if any(v is None for column in columns for v in column) else [stats.to_scale(c, scale, trials) for c in columns]
+    if num_seeds == 0 or on_scale is None or any(column is None for column in on_scale):
+        problem = "no finished run" if num_seeds == 0 else f"a launch has no value that lies on the {scale} scale"
+        return Finding(label, None, None, None, method, num_seeds, per_seed, problem, None, scale, censored)
+    centre = float(on_scale[0].mean() - (on_scale[1].mean() if len(columns) == 2 else 0.0))
+    estimate = stats.from_scale(centre, scale, trials)
+    spread = math.sqrt(sum(float(x.var(ddof=1)) for x in on_scale)) if num_seeds > 1 else None
+    if method == "within_run":
+        found = [within(grade.estimand, form, arms, level) for level in (levels.stated, levels.strict)]
+        problem = "" if all(found) else "no prompt sums from which to take an interval within the launch"
+    elif num_seeds == 1:
+        found, problem = [None, None], "one seed"
+    else:
+        found = [_over_launches(columns, scale, trials, grade.estimand, form, arms, level) for level in (levels.stated, levels.strict)]
+        problem = "" if all(found) else "all launches agree exactly, and no prompt sums were kept to take an interval from"
+    if not all(found):
+        return Finding(label, estimate, None, None, method, num_seeds, per_seed, problem, spread, scale, censored)
+    ends, strict = ((float(interval.lo), float(interval.hi)) for interval in found)
+    return Finding(label, estimate, ends, strict, found[0].method, num_seeds, per_seed, "", spread, scale, censored)
+
+
+def _over_launches(columns, scale, trials, estimand, form, arms, level) -> stats.Interval | None:
+    if len(columns) == 2:
+        return welch_interval(columns[0], columns[1], level, scale) or within(estimand, form, arms, level)
+    across = stats.student_t_interval(columns[0], level, scale, trials)
+    if across is not None:
+        return across
+    one_by_one = [within(estimand, form, [[arm[i]] for arm in arms], level) for i in range(len(columns[0]))]
+    return stats.launch_interval(columns[0], one_by_one, level, scale, trials)
+
+
+def welch_interval(first: list[float], second: list[float], level: float, scale: str) -> stats.Interval | None:
+    """Difference of two means on `scale` (on the log scale: their ratio) for arms that share no seeds. None where nothing varies."""
+    a, b = stats.to_scale(first, scale), stats.to_scale(second, scale)
+    if a is None or b is None or min(a.size, b.size) < 2:
+        return None
+    parts = [float(x.var(ddof=1)) / x.size for x in (a, b)]
+    error = math.sqrt(sum(parts))
+    if error <= 1e-12 * max(abs(float(a.mean())), abs(float(b.mean())), 1e-300):
+        return None
+    freedom = sum(parts) ** 2 / sum(part**2 / (x.size - 1) for part, x in zip(parts, (a, b), strict=True))
+    half = float(scipy_stats.t.ppf(0.5 + level / 2, freedom)) * error
+    centre = float(a.mean() - b.mean())
+    ends = (stats.from_scale(centre + shift, scale) for shift in (0.0, -half, half))
+    return stats.Interval(*ends, "welch_t", int(min(a.size, b.size)))
+
+
+def _one_sided(found: list[Launch], side: int) -> list[dict]:
+    return [
+        {"seed": launch.seed, "value": None, "values": [launch.value if i == side else None for i in (0, 1)], "censored": launch.censored}
+        for launch in found
+    ]
+
+
+def _apart(a: float | None, b: float | None, form: str) -> float | None:
+    if a is None or b is None:
+        return None
+    return a - b if form == "difference" else a / b if b != 0 else None
+
+
+def _censored(first: list[Launch], second: list[Launch]) -> str:
+    """A numerator that is at least its value makes the contrast at least its value; a denominator makes it at most that."""
+    high, low = any(launch.censored for launch in first), any(launch.censored for launch in second)
+    return "both" if high and low else "high" if high else "low" if low else ""

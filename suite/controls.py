@@ -1,0 +1,174 @@
+"""What must hold before a verdict says anything: controls with a known outcome, precision as executed, arms that differ in one factor.
+
+Also: attempts that repeat a seed under other settings. Whatever fails here makes the task INVALID. No torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+from suite.contrasts import Levels, contrast_of, level_of, within
+from suite.judge import Evidence, disjoint, ends_text, inside, number, pair, region_text
+from suite.launches import FINISHED, launches
+from suite.plan import differing_paths
+from suite.precision import contract_breaches
+from suite.task import Grade
+
+PATHS = ("model.path", "data.path")  # where a file lies on a machine is not a factor
+ON_INTERVALS = ("aa", "null_drift")
+
+
+def grade_control(evidence: Evidence, control) -> dict:
+    """One control at each of its grid points; the worst point decides.
+
+    A/A and null drift: holds if the interval lies within accept, broken only if disjoint from it, else inconclusive. With a single
+    seed on either side the interval is the one over prompts. Floor and broken-on-purpose: the point estimate decides, whose
+    distance from the bound is orders of magnitude. verdict: holds | inconclusive | broken | error | not_run.
+    """
+    order = ("broken", "error", "not_run", "inconclusive", "holds")
+    rows = [_at_point(evidence, control, at) for at in control_points(evidence.task, control)]
+    return min(rows, key=lambda row: order.index(row["verdict"]))
+
+
+def control_points(task, control) -> list[dict]:
+    points = [dict(zip(task.grid, values, strict=True)) for values in itertools.product(*task.grid.values())]
+    return [point for point in points if all(point.get(axis) == value for axis, value in control.at.items())]
+
+
+def _at_point(evidence: Evidence, control, at: dict) -> dict:
+    row = {
+        "name": control.name, "kind": control.kind, "estimand": control.estimand, "at": at, "estimate": None, "interval": None,
+        "accept": list(control.accept), "num_seeds": 0,
+    }  # fmt: skip
+    arms = {name: evidence.arm(name, at) for name in control.contrast.names}
+    for name, runs in arms.items():
+        if any(run.status == "failed" for run in unfinished(runs)):
+            return row | {"verdict": "error", "reason": f"a run of {name} failed"}
+        if not any(run.status in FINISHED for run in runs):
+            return row | {"verdict": "not_run", "reason": f"no finished run of {name}"}
+    finding = _finding(evidence, control, [arms[name] for name in control.contrast.names])
+    row |= {"estimate": number(finding.estimate), "interval": pair(finding.interval), "num_seeds": finding.num_seeds}
+    if finding.estimate is None:
+        return row | {"verdict": "inconclusive", "reason": finding.problem}
+    accept = f"accept {region_text(control.accept)}"
+    if control.kind not in ON_INTERVALS:
+        holds = inside((finding.estimate, finding.estimate), control.accept)
+        return row | {"verdict": "holds" if holds else "broken", "reason": f"{finding.estimate:.4g} {'in' if holds else 'outside'} {accept}"}
+    if finding.interval is None:
+        return row | {"verdict": "inconclusive", "reason": finding.problem}
+    shown = f"interval {ends_text(finding.interval)}"
+    if inside(finding.interval, control.accept):
+        return row | {"verdict": "holds", "reason": f"{shown} inside {accept}"}
+    if disjoint(finding.interval, control.accept):
+        return row | {"verdict": "broken", "reason": f"{shown} disjoint from {accept}"}
+    return row | {"verdict": "inconclusive", "reason": f"{shown} straddles {accept}"}
+
+
+def _finding(evidence: Evidence, control, arms: list[list]):
+    """The contrast of a control at 90 %; with one seed on a side, its interval is the one over prompts."""
+    reducer = "log_ratio" if control.kind == "null_drift" and evidence.task.protocol == "rl" else "mean"
+    window = _drift_window(arms[0]) if reducer == "log_ratio" else None
+    grade = Grade(estimand=control.estimand, contrast=control.contrast, reducer=reducer, window=window)
+    found, levels = [launches(evidence.task.protocol, runs, grade) for runs in arms], Levels(0.90, 0.90)
+    form = control.contrast.form
+    if form == "arm":
+        finding = level_of(control.name, found[0], grade, levels)
+    else:
+        finding = contrast_of(control.name, form, found[0], found[1], grade, levels)
+    if finding.interval is None and finding.estimate is not None:
+        prompts = within(control.estimand, form, found, 0.90)
+        if prompts is not None:
+            finding = _with_interval(finding, prompts)
+    return finding
+
+
+def _with_interval(finding, interval):
+    from dataclasses import replace
+
+    return replace(finding, interval=(interval.lo, interval.hi), method=interval.method)
+
+
+def _drift_window(runs: list) -> int:
+    """First against last fifth of the series."""
+    return max(1, min(len(run.metrics) for run in runs) // 5)
+
+
+def unfinished(runs: list) -> list:
+    """Runs of cells that have no finished attempt."""
+    done = {(run.arm, canonical(run.point), run.seed) for run in runs if run.status in FINISHED}
+    return [run for run in runs if (run.arm, canonical(run.point), run.seed) not in done]
+
+
+def violations(task, runs: list) -> list[tuple[str, str]]:
+    """(arm, sentence) for everything that makes finished runs unfit to compare."""
+    finished = [run for run in runs if run.status in FINISHED]
+    return _precision(finished) + _repeated_seeds(finished) + _one_factor(task, finished) + _control_factors(task, finished)
+
+
+def _precision(runs: list) -> list[tuple[str, str]]:
+    """An engine that ran in another dtype than its arm asks for. Points that were not recorded are not judged."""
+    found = []
+    for run in runs:
+        asked, executed = run.record.get("precision_asked") or {}, run.record.get("precision_executed") or {}
+        if executed and {"rollout", "train"} <= asked.keys():
+            found += [(run.arm, f"{run.record['cell']['name']}: precision: {line}") for line in contract_breaches(asked, executed)]
+    return found
+
+
+def _repeated_seeds(runs: list) -> list[tuple[str, str]]:
+    """The same seed twice is one launch (--fresh) only if it is the same cell; under another run key it is refused."""
+    keys: dict[tuple, set] = {}
+    for run in runs:
+        keys.setdefault((run.arm, canonical(run.point), run.seed), set()).add(run.record["run_key"])
+    return [(arm, f"{arm} seed {seed}: recorded under {len(found)} different run keys") for (arm, _, seed), found in keys.items() if len(found) > 1]
+
+
+def _one_factor(task, runs: list) -> list[tuple[str, str]]:
+    """Arms may differ only in `vary`; the runs of one arm at one point not at all."""
+    found, groups = [], {}
+    for run in runs:
+        if not run.is_control:
+            groups.setdefault(canonical(run.point), []).append(run)
+    for same_place in groups.values():
+        firsts: dict[str, object] = {}
+        for run in same_place:
+            first = firsts.setdefault(run.arm, run)
+            found += [(run.arm, f"{run.arm}: runs differ in {path}") for path in _differences(first, run)]
+        for a, b in itertools.combinations(firsts.values(), 2):
+            outside = [path for path in _differences(a, b) if not _covered(path, task.vary)]
+            found += [(arm, f"{a.arm} and {b.arm} differ in {path}, which is not in vary") for path in outside for arm in (a.arm, b.arm)]
+    return list(dict.fromkeys(found))
+
+
+def _control_factors(task, runs: list) -> list[tuple[str, str]]:
+    """A control may differ from the arm that it starts from only in what it sets."""
+    found, controls = [], {control.name: control for control in task.controls}
+    for run in runs:
+        control = controls.get(run.arm)
+        like = next((r for r in runs if control and r.arm == control.like and canonical(r.point) == canonical(run.point)), None)
+        if like is not None:
+            outside = [path for path in _differences(like, run) if not _covered(path, _leaves(control.set))]
+            found += [(run.arm, f"{run.arm} differs from {control.like} in {path}, which it does not set") for path in outside]
+    return list(dict.fromkeys(found))
+
+
+def _differences(a, b) -> list[str]:
+    paths = differing_paths(a.record["cell"]["settings"], b.record["cell"]["settings"])
+    return [path for path in paths if path not in PATHS]
+
+
+def _covered(path: str, allowed) -> bool:
+    return any(path == name or path.startswith(name + ".") or name.startswith(path + ".") for name in allowed)
+
+
+def _leaves(nested: dict, prefix: str = "") -> list[str]:
+    return [
+        leaf
+        for name, value in nested.items()
+        for leaf in (_leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"])
+    ]
+
+
+def canonical(value) -> str:
+    return json.dumps(value, sort_keys=True)

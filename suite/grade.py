@@ -1,0 +1,219 @@
+"""Records to verdicts: three values with a reason, or the plain statement that nothing can be said. No torch.
+
+    PASS          every interval inside the accept region, the controls hold, enough seeds
+    FAIL          an interval disjoint from the region, with at least two seeds (exact kinds: as their interval says)
+    INCONCLUSIVE  everything else, with the reason and what would resolve it
+    INVALID       a control, the precision as executed or the one-factor check failed
+    ERROR         a run that the claim needs failed
+    NOT_RUN       a run that the claim needs is not there
+
+A task is the first of INVALID, ERROR, NOT_RUN, FAIL, INCONCLUSIVE, PASS that one of its graded claims has. A verdict is a function of
+task and records alone: no clock, no order of files, no machine enters it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import suite
+from suite.contrasts import Levels
+from suite.controls import canonical, grade_control, unfinished, violations
+from suite.errors import UserError
+from suite.judge import Evidence, Judgement, claim_row, display_interval, findings_of, judge, require_grade, too_many_skips
+from suite.launches import FINISHED
+from suite.power import design_power  # noqa: F401  (offered where people look for it)
+from suite.record import write_json
+from suite.validate import unpinned_inputs
+
+SCHEMA = 1
+EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 10, "ERROR": 11, "NOT_RUN": 12, "INVALID": 13}
+ORDER = ("INVALID", "ERROR", "NOT_RUN", "FAIL", "INCONCLUSIVE", "PASS")
+WEAK_TOLERANCE = "P5"
+FALSE_PASS_RATE = 0.05
+
+
+def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
+    """The verdict on one fingerprint, laid out as verdict.json.
+
+    runs: those of this task; of another task version they are left out. all_tasks_runs: task id -> runs, for the tasks in `needs`.
+    Raises UserError if the runs carry several fingerprints (grade_by_fingerprint keeps them apart).
+    """
+    runs = sorted((run for run in runs if run.record["task"]["version"] == task.version), key=_place)
+    others = {name: sorted(found, key=_place) for name, found in (all_tasks_runs or {}).items()}
+    everything = runs + [run for name in task.needs for run in others.get(name, [])]
+    fingerprints = sorted({run.fingerprint for run in everything})
+    if len(fingerprints) > 1:
+        raise UserError(f"{task.id}: runs of different machines cannot be graded together: {', '.join(fingerprints)}")
+    graded = [claim for claim in task.claims if claim.kind != "report"]
+    broken = violations(task, runs) + [fault for name in task.needs for fault in _needed_faults(task, name, others.get(name, []))]
+    controls = [grade_control(Evidence(task, runs, others, Levels(0.90, 0.90)), control) for control in task.controls]
+    claims = [_grade_claim(task, claim, runs, others, len(graded), controls, broken) for claim in task.claims]
+    verdict, reason = _of_task([row for row in claims if row["kind"] != "report"], controls, everything)
+    environment = everything[0].record.get("environment") or {} if everything else {}
+    return {
+        "schema": SCHEMA,
+        "task": task.id,
+        "task_version": task.version,
+        "grade_version": task.grade_version,
+        "tier": task.tier,
+        "fingerprint": fingerprints[0] if fingerprints else None,
+        "verdict": verdict,
+        "reason": reason,
+        "claims": claims,
+        "controls": controls,
+        "runs": [_run_row(run) for run in everything],
+        "environment": environment,
+        "suite": _suite_block(environment),
+    }
+
+
+def grade_by_fingerprint(task, runs: list, all_tasks_runs: dict | None = None) -> dict[str, dict]:
+    """One verdict per fingerprint: cells of different machines are never mixed. Empty without runs."""
+    others = {name: found for name, found in (all_tasks_runs or {}).items() if name in task.needs}
+    everything = [*runs, *(run for found in others.values() for run in found)]
+    return {
+        name: grade_task(task, _on(name, runs), {need: _on(name, found) for need, found in others.items()})
+        for name in sorted({run.fingerprint for run in everything})
+    }
+
+
+def write_verdict(verdict: dict, runs_dir: Path) -> Path:
+    """Put verdict.json into the task's folder and a copy of it beside all tasks as last.json. Returns the former."""
+    path = Path(runs_dir) / verdict["task"] / "verdict.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, verdict)
+    write_json(Path(runs_dir) / "last.json", verdict)
+    return path
+
+
+def verdict_line(verdict: dict, path: Path | str) -> str:
+    """The last line of `suite reproduce`, which scripts read."""
+    graded = [row for row in verdict["claims"] if row["kind"] != "report"]
+    passed = sum(row["verdict"] == "PASS" for row in graded)
+    return f"VERDICT task={verdict['task']} verdict={verdict['verdict']} claims={passed}/{len(graded)} verdict_file={path}"
+
+
+def summarise_headline(verdicts: list[dict]) -> str:
+    """ "k PASS, m FAIL, j INCONCLUSIVE, u NOT_RUN of N claims", and how many passes chance alone would give at most.
+
+    A claim that does not hold passes with probability 5 % at most; counts are exact and have no such error.
+    """
+    rows = [row for verdict in verdicts for row in verdict["claims"] if row["kind"] != "report"]
+    words = [row["verdict"] for row in rows]
+    parts = [f"{words.count(word)} {word}" for word in ("PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN")]
+    parts += [f"{words.count(word)} {word}" for word in ("INVALID", "ERROR") if word in words]
+    chance = FALSE_PASS_RATE * sum(row["kind"] != "count" and row["verdict"] in ("PASS", "FAIL", "INCONCLUSIVE") for row in rows)
+    return f"{', '.join(parts)} of {len(rows)} claims; by chance alone at most {chance:.2g} false passes expected"
+
+
+def _grade_claim(task, claim, runs: list, others: dict, num_graded: int, controls: list[dict], broken: list[tuple[str, str]]) -> dict:
+    if claim.kind == "report" and claim.id not in task.grade:
+        return _bare_row(claim)
+    grade = require_grade(task, claim)
+    stated = grade.interval.level if grade.interval else 0.90
+    evidence = Evidence(task, runs, others, Levels.split(stated, num_graded))
+    findings, region = findings_of(evidence, claim, grade)
+    row = claim_row(claim, grade, findings, region, display_interval(evidence, claim, grade))
+    if claim.kind == "report":
+        return row | {"verdict": None, "reason": "reported, not graded", "resolve": "", "consistent_with_paper": None}
+    missing = _nothing_to_judge(evidence, grade)
+    judgement = missing or _capped(task, evidence, grade, judge(findings, region, grade, claim.kind), controls)
+    faults = [line for arm, line in broken if arm in grade.contrast.names]
+    faults += [f"{control['name']}: {control['reason']}" for control in controls if control["verdict"] == "broken"]
+    if faults:
+        judgement = Judgement("INVALID", "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""))
+    return row | {"verdict": judgement.verdict, "reason": judgement.reason, "resolve": judgement.resolve}
+
+
+def _nothing_to_judge(evidence: Evidence, grade) -> Judgement | None:
+    """ERROR or NOT_RUN where an arm of the claim has no finished run; a failed cell is an error also where other seeds finished."""
+    for name in grade.contrast.names:
+        runs = evidence.arm(name, grade.at)
+        failed = [run for run in unfinished(runs) if run.status == "failed"]
+        if failed:
+            error = failed[0].record.get("error") or {}
+            text = f"{failed[0].record['cell']['name']}: {error.get('class')} in {error.get('phase')}: {error.get('message')}"
+            return Judgement("ERROR", text, "run the task again; finished cells are kept")
+    for name in grade.contrast.names:
+        if not any(run.status in FINISHED for run in evidence.arm(name, grade.at)):
+            return Judgement("NOT_RUN", f"no finished run of {name}", f"suite run {evidence.task.id}")
+    return None
+
+
+def _capped(task, evidence: Evidence, grade, judgement: Judgement, controls: list[dict]) -> Judgement:
+    """What holds a verdict at INCONCLUSIVE: both ways for a weak tolerance or an unpinned input, a PASS only for the rest."""
+    if judgement.verdict in ("PASS", "FAIL"):
+        if grade.tolerance is not None and grade.tolerance.level == WEAK_TOLERANCE:
+            return _cap(judgement, "weak_tolerance: its level is P5, judgement", "a tolerance with a better source")
+        unpinned = unpinned_inputs(task)
+        if unpinned:
+            return _cap(judgement, f"unpinned_input: {', '.join(unpinned)} unknown", "pin it in the task file")
+    if judgement.verdict == "PASS":
+        if skips := too_many_skips(evidence, grade):
+            return _cap(judgement, skips, "a smaller loss scale or learning rate")
+        unsure = [control for control in controls if control["verdict"] != "holds"]
+        if unsure:
+            text = "; ".join(f"{control['name']} {control['verdict']} ({control['reason']})" for control in unsure)
+            return _cap(judgement, f"controls: {text}", "run the controls, or more seeds of them")
+    return judgement
+
+
+def _cap(judgement: Judgement, why: str, resolve: str) -> Judgement:
+    return Judgement("INCONCLUSIVE", f"{why}; otherwise {judgement.verdict}: {judgement.reason}", resolve)
+
+
+def _of_task(graded: list[dict], controls: list[dict], runs: list) -> tuple[str, str]:
+    """The task's word and the sentence for it."""
+    if not runs:
+        return "NOT_RUN", "nothing recorded"
+    if not graded:
+        return "INCONCLUSIVE", "no claim of this task is graded: it only reports"
+    words = [row["verdict"] for row in graded]
+    broken = [control for control in controls if control["verdict"] in ("broken", "error")]
+    words += ["INVALID" if control["verdict"] == "broken" else "ERROR" for control in broken]
+    word = next(word for word in ORDER if word in words)
+    if word == "PASS":
+        return word, f"all {len(graded)} graded claims pass and the controls hold"
+    reasons = [f"{row['id']}: {row['reason']}" for row in graded if row["verdict"] == word]
+    reasons += [f"{control['name']}: {control['reason']}" for control in broken]
+    return word, reasons[0] + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
+
+
+def _bare_row(claim) -> dict:
+    """A reported claim without a grade block: its statement and what the paper says."""
+    empty = ("estimand", "unit", "estimator", "estimate", "interval", "interval_method", "interval_fail", "display_interval", "accept",
+             "remark", "consistent_with_paper", "verdict")  # fmt: skip
+    return dict.fromkeys(empty) | {
+        "id": claim.id, "kind": claim.kind, "statement": claim.statement, "at": {}, "num_seeds": 0, "per_seed": [], "pairs": [],
+        "paper_value": claim.paper.value if claim.paper else None,
+        "paper_source": f"{claim.paper.source} ({claim.paper.level})" if claim.paper else None,
+        "reason": "reported, not graded", "resolve": "",
+    }  # fmt: skip
+
+
+def _needed_faults(task, name: str, runs: list) -> list[tuple[str, str]]:
+    """Violations in the runs of a needed task, told under the names by which a compare task knows its arms."""
+    no_arms_compared = task.model_copy(update={"vary": ("model", "data", "rollout", "train", "precision", "algorithm", "schedule"), "controls": ()})
+    return [(f"{name}-{arm}", f"{name}: {line}") for arm, line in violations(no_arms_compared, runs)]
+
+
+def _run_row(run) -> dict:
+    cell = run.record["cell"]
+    return {
+        "task": run.record["task"]["id"], "cell": cell["name"], "arm": run.arm, "seed": run.seed, "is_control": run.is_control,
+        "run_key": run.record["run_key"], "status": run.status, "started_utc": run.record.get("started_utc"),
+    }  # fmt: skip
+
+
+def _suite_block(environment: dict) -> dict:
+    """Which revision of the suite made the records: from them, so that a verdict can be recomputed anywhere."""
+    git = environment.get("git") or {}
+    return {"version": suite.__version__, "commit": git.get("revision"), "dirty": git.get("dirty")}
+
+
+def _place(run) -> tuple:
+    return (run.is_control, run.arm, canonical(run.point), run.seed, str(run.record.get("started_utc")), run.record["run_key"])
+
+
+def _on(fingerprint: str, runs: list) -> list:
+    return [run for run in runs if run.fingerprint == fingerprint]

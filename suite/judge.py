@@ -1,0 +1,247 @@
+"""One claim judged: from the runs of its arms to PASS, FAIL or INCONCLUSIVE, with the reason and what would resolve it. No torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from suite import contrasts
+from suite.contrasts import Finding, Levels
+from suite.errors import TaskError
+from suite.launches import FINISHED, arm_runs, launches, scale_of, skipped_share, unit_of
+
+NOT_REPRODUCED = "not_reproduced_on_this_hardware"
+MOST_SKIPPED = 0.05  # share of skipped steps after warm-up above which a run cannot pass as stable
+EVENT_ACCEPT = {"collapses": (0.5, 1.0), "stable": (0.0, 0.5)}
+Region = tuple[float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a claim is judged from: the runs of the task, and of the tasks it needs, all of one fingerprint."""
+
+    task: object
+    runs: list
+    other_runs: dict
+    levels: Levels
+
+    def arm(self, name: str, at: dict) -> list:
+        return arm_runs(self.task, self.runs, name, at, self.other_runs)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    verdict: str
+    reason: str
+    resolve: str = ""
+
+
+def inside(ends: tuple[float, float], region: Region) -> bool:
+    return (region[0] is None or ends[0] >= region[0]) and (region[1] is None or ends[1] <= region[1])
+
+
+def disjoint(ends: tuple[float, float], region: Region) -> bool:
+    return (region[0] is not None and ends[1] < region[0]) or (region[1] is not None and ends[0] > region[1])
+
+
+def findings_of(evidence: Evidence, claim, grade) -> tuple[list[Finding], Region]:
+    """Every comparison that a claim makes, and the region each must lie in. One comparison, except for an order of several arms.
+
+    An ordering asks each later arm to exceed the one before it by its margin: a share of it where levels are compared on a log scale,
+    an amount otherwise. Arms that do not differ therefore fail it. With `accept` in the file, that region holds for every pair.
+    """
+    contrast, levels = grade.contrast, evidence.levels
+    found = {name: launches(evidence.task.protocol, evidence.arm(name, grade.at), grade) for name in contrast.names}
+    arms = [found[name] for name in contrast.names]
+    if contrast.form == "order":
+        form = "ratio" if scale_of(grade.estimand) == "log" or grade.reducer == "time_to_event" else "difference"
+        pairs = itertools.pairwise(contrast.names) if claim.kind == "ordering" else itertools.combinations(contrast.names, 2)
+        pairs = [(low, high) for low, high in pairs]
+        compared = [
+            contrasts.contrast_of(f"{high} / {low}" if form == "ratio" else f"{high} - {low}", form, found[high], found[low], grade, levels)
+            for low, high in pairs
+        ]
+        margin = contrast.margin or 0.0
+        return compared, grade.accept or ((1.0 + margin if form == "ratio" else margin), None)
+    label = {"arm": "{0}", "ratio": "{0} / {1}", "difference": "{0} - {1}"}[contrast.form].format(*contrast.names)
+    if claim.kind == "count" or (grade.interval and grade.interval.method == "exact"):
+        return [contrasts.exact(label, arms[0])], grade.accept
+    if claim.kind == "event" and grade.reducer != "time_to_event":
+        one = contrast.form == "arm"
+        shares = contrasts.share_of_seeds(label, arms[0], levels) if one else contrasts.difference_of_shares(label, *arms, levels)
+        return [shares], grade.accept or (EVENT_ACCEPT[grade.event.expect] if one else None)
+    if contrast.form == "arm":
+        return [contrasts.level_of(label, arms[0], grade, levels)], grade.accept
+    return [contrasts.contrast_of(label, contrast.form, *arms, grade, levels)], grade.accept
+
+
+def judge(findings: list[Finding], region: Region, grade, kind: str) -> Judgement:
+    """PASS if every interval lies inside the region, FAIL if one is disjoint from it, else INCONCLUSIVE; one Judgement for all."""
+    each = [_judge_one(finding, region, grade, kind) for finding in findings]
+    for word in ("FAIL", "INCONCLUSIVE", "PASS"):
+        chosen = [(finding, one) for finding, one in zip(findings, each, strict=True) if one.verdict == word]
+        if chosen:
+            several = len(findings) > 1 and word != "PASS"
+            reason = "; ".join(f"{finding.label}: {one.reason}" if several else one.reason for finding, one in chosen)
+            return Judgement(word, reason if several or word != "PASS" else each[0].reason, chosen[0][1].resolve)
+    raise AssertionError("a claim compares nothing")
+
+
+def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
+    is_exact = finding.method in ("exact", "clopper_pearson", "newcombe")
+    shown = f"accept {region_text(region)}"
+    if finding.interval is None:
+        more = "run at least one more seed" if finding.problem == "one seed" else ""
+        if finding.problem == "one seed":
+            return Judgement("INCONCLUSIVE", "too_few_seeds: one seed says nothing about the spread between launches", more)
+        return Judgement("INCONCLUSIVE", f"no_interval: {finding.problem}", more)
+    if disjoint(finding.strict, region):
+        return _judge_outside(finding, region, grade, kind, is_exact)
+    if not inside(finding.interval, region):
+        where = "outside" if disjoint(finding.interval, region) else "straddles"
+        text = f"{where}: interval {ends_text(finding.interval)}, {shown}"
+        if where == "outside":
+            text += f"; with the 5 % split over the task's claims, {ends_text(finding.strict)}, it is not disjoint"
+        return Judgement("INCONCLUSIVE", text, seeds_needed(finding, region))
+    if finding.num_seeds < grade.min_seeds:
+        text = f"too_few_seeds: {finding.num_seeds} of the {grade.min_seeds} that a PASS needs"
+        return Judgement("INCONCLUSIVE", text, f"run {grade.min_seeds - finding.num_seeds} more")
+    if finding.censored and _open_to(finding.censored, region):
+        return Judgement("INCONCLUSIVE", "censored: the event had not come by the horizon in at least one launch", "a longer horizon")
+    return Judgement("PASS", f"interval {ends_text(finding.interval)} inside {shown}")
+
+
+def _judge_outside(finding: Finding, region: Region, grade, kind: str, is_exact: bool) -> Judgement:
+    shown = f"interval {ends_text(finding.strict)} disjoint from accept {region_text(region)}"
+    if not is_exact and finding.num_seeds < 2:
+        return Judgement("INCONCLUSIVE", f"too_few_seeds: {shown}, but a FAIL needs two seeds", "run one more seed")
+    low = region[0] is not None and finding.strict[1] < region[0]
+    if (finding.censored in ("high", "both") and low) or (finding.censored in ("low", "both") and not low):
+        return Judgement("INCONCLUSIVE", f"censored: {shown}, but the event had not come by the horizon", "a longer horizon")
+    if kind == "event" and grade.event.expect == "collapses":
+        return Judgement("FAIL", f"{NOT_REPRODUCED}: {shown}")
+    return Judgement("FAIL", shown)
+
+
+def _open_to(censored: str, region: Region) -> bool:
+    """Whether what is not known about a censored value could carry it out of the region."""
+    return (censored in ("high", "both") and region[1] is not None) or (censored in ("low", "both") and region[0] is not None)
+
+
+def seeds_needed(finding: Finding, region: Region) -> str:
+    """How many seeds would bring the interval to the near side of the nearest end of the region, at the spread seen here."""
+    if not finding.spread:
+        return "more seeds, or more prompts per launch"
+    on_scale = {"log": lambda v: math.log(v) if v > 0 else -math.inf, "logit": lambda v: math.log(v / (1 - v)) if 0 < v < 1 else math.inf}
+    place = on_scale.get(finding.scale, float)
+    distance = min(abs(place(finding.estimate) - place(end)) for end in region if end is not None)
+    if not 0 < distance < math.inf:
+        return "the estimate lies at the end of the region: no number of seeds decides this"
+    needed = math.ceil((1.645 * finding.spread / distance) ** 2) + 2
+    return f"about {needed} seeds at this spread" if needed < 1000 else "over 1,000 seeds at this spread: the estimate lies at the end of the region"
+
+
+def too_many_skips(evidence: Evidence, grade) -> str:
+    """Why an arm cannot pass as stable although nothing collapsed: it skipped more than 5 % of its steps after warm-up."""
+    if grade.event is None or grade.event.expect != "stable":
+        return ""
+    runs = [run for name in grade.contrast.names for run in evidence.arm(name, grade.at) if run.status in FINISHED]
+    worst = max(runs, key=skipped_share, default=None)
+    if worst is None or skipped_share(worst) <= MOST_SKIPPED:
+        return ""
+    return f"skipped_steps: {worst.arm} seed {worst.seed} skipped {skipped_share(worst):.1%} of its steps after warm-up"
+
+
+def weakest(findings: list[Finding], region: Region) -> Finding:
+    """The comparison that stands for a claim of several: the one nearest to leaving the region, or the one without a value."""
+
+    def room(finding: Finding) -> float:
+        if finding.estimate is None:
+            return -math.inf
+        ends = [finding.estimate - region[0]] if region and region[0] is not None else []
+        ends += [region[1] - finding.estimate] if region and region[1] is not None else []
+        return min(ends, default=math.inf)
+
+    return min(findings, key=room)
+
+
+def claim_row(claim, grade, findings: list[Finding], region: Region, display: tuple[float, float] | None) -> dict:
+    """The fields of a claim in verdict.json that do not depend on its verdict."""
+    shown = weakest(findings, region)
+    form = grade.contrast.form
+    if form == "order":
+        form = "ratio" if " / " in shown.label else "difference"
+    event_share = claim.kind == "event" and grade.reducer != "time_to_event"
+    band = grade.remark_band
+    return {
+        "id": claim.id,
+        "kind": claim.kind,
+        "statement": claim.statement,
+        "estimand": grade.estimand,
+        "unit": "share of seeds" if event_share else unit_of(grade.estimand, form, grade.reducer),
+        "estimator": f"{grade.reducer} of {shown.label}",
+        "at": dict(grade.at),
+        "paper_value": claim.paper.value if claim.paper else None,
+        "paper_source": f"{claim.paper.source} ({claim.paper.level})" if claim.paper else None,
+        "estimate": number(shown.estimate),
+        "interval": pair(shown.interval),
+        "interval_method": shown.method,
+        "interval_fail": pair(shown.strict),
+        "display_interval": pair(display),
+        "accept": list(region) if region else None,
+        "num_seeds": shown.num_seeds,
+        "per_seed": [row | {"value": number(row["value"])} for row in shown.per_seed],
+        "pairs": [
+            {"label": one.label, "estimate": number(one.estimate), "interval": pair(one.interval), "num_seeds": one.num_seeds}
+            for one in findings
+        ] if len(findings) > 1 else [],
+        "remark": remark(shown.estimate, band) if band else None,
+        "consistent_with_paper": consistent(findings, region),
+    }
+
+
+def consistent(findings: list[Finding], region: Region | None) -> bool | None:
+    """Whether every estimate lies in the accept region, whatever its interval says; None without an estimate or a region."""
+    if region is None or any(finding.estimate is None for finding in findings):
+        return None
+    return all(inside((finding.estimate, finding.estimate), region) for finding in findings)
+
+
+def remark(estimate: float | None, band: Region) -> str | None:
+    """A band that is printed and cannot fail."""
+    if estimate is None:
+        return None
+    return f"{'inside' if inside((estimate, estimate), band) else 'outside'} the remark band {region_text(band)}"
+
+
+def display_interval(evidence: Evidence, claim, grade) -> tuple[float, float] | None:
+    """For the table and the figure: the interval over prompts within all launches together, at the stated level."""
+    if grade.contrast.form == "order" or claim.kind in ("event", "count"):
+        return None
+    arms = [launches(evidence.task.protocol, evidence.arm(name, grade.at), grade) for name in grade.contrast.names]
+    found = contrasts.within(grade.estimand, grade.contrast.form, arms, evidence.levels.stated)
+    return (found.lo, found.hi) if found else None
+
+
+def require_grade(task, claim):
+    if claim.id not in task.grade:
+        raise TaskError(task.file, f"grade.{claim.id}", "nothing", f"a grade (kind {claim.kind} is graded)")
+    return task.grade[claim.id]
+
+
+def number(value) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def pair(ends) -> list | None:
+    """[lo, hi] for JSON; an infinite end is null, which everywhere means open."""
+    return None if ends is None else [number(ends[0]), number(ends[1])]
+
+
+def ends_text(ends) -> str:
+    return f"[{ends[0]:.4g}, {ends[1]:.4g}]"
+
+
+def region_text(region: Region) -> str:
+    return f"[{'-inf' if region[0] is None else format(region[0], '.4g')}, {'inf' if region[1] is None else format(region[1], '.4g')}]"
