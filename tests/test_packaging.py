@@ -1,0 +1,114 @@
+"""The package as it is installed and cited: locks, citation, make variables, and the tests' own network guard."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
+
+
+def pins(kind):
+    lines = (REPO / "requirements" / f"{kind}.lock").read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_a_lock_pins_every_direct_need_exactly(kind):
+    wanted = [re.match(r"[\w-]+", need)[0].lower() for need in
+              PYPROJECT["project"]["dependencies"] + PYPROJECT["project"]["optional-dependencies"][kind]]
+    assert set(wanted) <= pins(kind).keys()
+    assert all(re.fullmatch(r"[0-9][\w.+!]*", version) for version in pins(kind).values())
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_extras_ask_for_the_versions_of_the_lock(kind):
+    exact = dict(need.split("==") for need in PYPROJECT["project"]["optional-dependencies"][kind] if "==" in need)
+    assert {name: pins(kind)[name].removesuffix("+cpu") for name in exact} == exact
+
+
+def test_the_cpu_lock_cannot_pull_cuda():
+    assert pins("cpu")["torch"].endswith("+cpu")
+    assert not {name for name in pins("cpu") if name.startswith("nvidia") or name in ("torchvision", "torchaudio", "torchcodec")}
+
+
+def test_both_locks_train_with_the_same_code():
+    for name in ("transformers", "peft", "megatron-core", "trl", "math-verify"):
+        assert pins("cpu")[name] == pins("gpu")[name]
+
+
+def test_every_package_folder_is_listed():
+    folders = {".".join(path.parent.relative_to(REPO).parts) for path in (REPO / "suite").rglob("__init__.py")}
+    assert folders <= set(PYPROJECT["tool"]["setuptools"]["packages"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_citation_is_valid_and_puts_the_paper_under_references():
+    from cffconvert import Citation
+
+    citation = Citation((REPO / "CITATION.cff").read_text())
+    citation.validate()
+    assert citation.cffobj["title"] == PYPROJECT["project"]["name"]
+    assert [reference["title"] for reference in citation.cffobj["references"]] == ["Defeating the Training-Inference Mismatch via FP16"]
+    with pytest.raises(Exception, match="authors"):
+        Citation("cff-version: 1.2.0\nmessage: m\ntitle: t\n").validate()
+
+
+def make(*arguments, folder=REPO, **environment):
+    """Run make as a user would, also where the tests themselves were started by make."""
+    outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    return subprocess.run(["make", "--no-print-directory", *arguments], cwd=folder, capture_output=True, text=True,
+                          env=outer | environment)
+
+
+def test_make_passes_its_variables_on():
+    shown = make("-n", "reproduce", "SEEDS=0,1", "LIMIT=4", "NPROC=2", "FRESH=1", "RUNS_DIR=/a b/runs", "EXTRA=--arm fp16").stdout
+    command = shown.splitlines()[-1].split(" reproduce ")[1]
+    assert command.split() == "'desk-offline-mismatch' --seeds 0,1 --limit 4 --nproc 2 --fresh --out '/a b/runs' --arm fp16".split()
+    assert "--fresh" not in make("-n", "reproduce", "FRESH=0").stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The files that set-up reads, alone in a folder, with a lock that no index can satisfy."""
+    shutil.copytree(REPO / "requirements", tmp_path / "requirements")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(REPO / name, tmp_path)
+    (tmp_path / "requirements" / "cpu.lock").write_text("torch==0.0.0+cpu\n")
+    return tmp_path
+
+
+def test_a_failed_set_up_leaves_no_stamp_and_names_torch_index(checkout):
+    done = make("setup", folder=checkout, LOCK="cpu", PYTHON=sys.executable, PIP_NO_INDEX="1")
+    assert done.returncode != 0 and "TORCH_INDEX" in done.stderr
+    assert not list(checkout.glob(".venv/.setup-*"))
+
+
+def test_set_up_refuses_an_old_python_and_an_unknown_lock(checkout):
+    old = checkout / "python-old"
+    old.write_text("#!/bin/sh\necho 3.8.1\nexit 1\n")
+    old.chmod(0o755)
+    assert "Python 3.8.1; 3.11 or newer" in make("setup", folder=checkout, LOCK="cpu", PYTHON=str(old)).stderr
+    assert "allowed are cpu and gpu" in make("setup", folder=checkout, LOCK="tpu", PYTHON=sys.executable).stderr
+
+
+def test_readme_names_the_test_command_that_ci_runs():
+    assert re.search(r"<!-- test-command -->\n```\w*\nmake test\n```", (REPO / "README.md").read_text())
+
+
+def test_tests_cannot_reach_other_machines():
+    for attempt in (lambda: socket.create_connection(("192.0.2.1", 80), timeout=1), lambda: socket.getaddrinfo("example.org", 80)):
+        with pytest.raises(RuntimeError, match="no network"):
+            attempt()
+
+
+def test_tests_can_reach_this_machine():
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        assert client.getpeername() == server.getsockname()
