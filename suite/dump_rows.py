@@ -1,6 +1,7 @@
 """The rows of a dump: read one at a time from parquet or JSON lines, and checked before anything is computed from them.
 
-The format is described in suite/dump.py. Every refusal is a TaskError with file, row (from 1), field, what was found, what is allowed.
+The format is described in suite/dump.py. Every refusal is a TaskError with file, row (from 1), field, what was found,
+what is allowed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Rollout:
         return self.arm, self.point, self.seed
 
 
-# ---- one row ------------------------------------------------------------------------------------------------------------------
+# ---- one row -------------------------------------------------------------------------------------------------------
+
 
 def check_row(task: Task, path: Path, row_number: int, row: dict[str, Any]) -> Rollout:
     """A row as a Rollout, or a TaskError that names row, field, what was found and what is allowed."""
@@ -98,12 +100,17 @@ def _reward(value: Any, refuse) -> float:
 def _num_response_tokens(row: dict[str, Any], refuse) -> int:
     if row.get("response_token_ids") is not None:
         if row.get("token_ids") is not None or row.get("num_prompt_tokens") is not None:
-            raise refuse("response_token_ids", "both forms", "either response_token_ids, or token_ids with num_prompt_tokens")
+            raise refuse(
+                "response_token_ids", "both forms", "either response_token_ids, or token_ids with num_prompt_tokens"
+            )
         return _token_ids(row["response_token_ids"], "response_token_ids", refuse)
     for name in ("token_ids", "num_prompt_tokens"):
         if row.get(name) is None:
             raise refuse(name, None, "token_ids with num_prompt_tokens, or response_token_ids")
-    total, prompt = _token_ids(row["token_ids"], "token_ids", refuse), _count(row["num_prompt_tokens"], "num_prompt_tokens", refuse)
+    total, prompt = (
+        _token_ids(row["token_ids"], "token_ids", refuse),
+        _count(row["num_prompt_tokens"], "num_prompt_tokens", refuse),
+    )
     if prompt > total:
         raise refuse("num_prompt_tokens", prompt, f"at most the {total} token_ids")
     return total - prompt
@@ -157,10 +164,12 @@ def _grid_label(task: Task, axis: str, name: str, value: Any, refuse) -> str:
     return label
 
 
-# ---- the file -----------------------------------------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------------------------------
+
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, row) of a parquet or JSON lines file, told apart by its first bytes, one row in memory at a time."""
+    """(row number from 1, row) of a parquet or JSON lines file, told apart by its first bytes, one row in memory at a
+    time."""
     if not path.is_file():
         raise TaskError(path, "--evidence", "no such file", "a parquet or JSON lines file")
     with open(path, "rb") as file:
@@ -176,7 +185,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
-                raise TaskError(path, f"row {number}", f"a line of more than {MAX_LINE_BYTES} bytes", "one rollout per line")
+                raise TaskError(
+                    path, f"row {number}", f"a line of more than {MAX_LINE_BYTES} bytes", "one rollout per line"
+                )
             if line.strip():
                 yield number, _json_row(path, number, line)
 
@@ -185,7 +196,9 @@ def _json_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicate_keys)
     except (ValueError, RecursionError) as problem:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise TaskError(path, f"row {number}", line[:40], "parquet, or one JSON object per line", str(problem)[:200]) from None
+        raise TaskError(
+            path, f"row {number}", line[:40], "parquet, or one JSON object per line", str(problem)[:200]
+        ) from None
     if not isinstance(row, dict):
         raise TaskError(path, f"row {number}", type(row).__name__, "a JSON object")
     return row

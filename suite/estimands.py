@@ -1,7 +1,9 @@
-"""Every quantity that a task may name: formula, unit, range, natural scale, and what other systems call it. No numpy, no torch.
+"""Every quantity that a task may name: formula, unit, range, natural scale, and what other systems call it. No numpy,
+no torch.
 
-Symbols: r = log pi - log mu per sampled response token, pi the trainer, mu the sampler; mean over all response tokens of all
-rollouts unless it says "over sequences"; T_i the response length of sequence i. Peers' names are those of their public sources.
+Symbols: r = log pi - log mu per sampled response token, pi the trainer, mu the sampler; mean over all response tokens
+of all rollouts unless it says "over sequences"; T_i the response length of sequence i. Peers' names are those of
+their public sources.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ Scale = Literal["log", "logit", "identity"]
 class Estimand:
     """One row of the table.
 
-    range is that of a level (one arm's value), ends included where finite. scale is where an interval for that level is closest to
-    normal: log for positive quantities, logit for shares in [0, 1], identity otherwise; a ratio of two arms is always taken as a
-    log-ratio, and is defined only where both are positive.
+    range is that of a level (one arm's value), ends included where finite. scale is where an interval for that level
+    is closest to normal: log for positive quantities, logit for shares in [0, 1], identity otherwise; a ratio of two
+    arms is always taken as a log-ratio, and is defined only where both are positive.
     """
 
     name: str
@@ -37,11 +39,13 @@ NATS, NATS_SEQ, PROB, SHARE = "nats/token", "nats/sequence", "probability", "sha
 _ROWS = (
     # token level
     Estimand("k1_nats_per_token", "mean(-r)", NATS, ANY, "identity",
-             ("verl rollout_corr/kl", "OpenRLHF vllm_kl", "oat fork kl_sample_train_v1", "slime mismatch_kl", "AReaL behave_approx_kl")),
+             ("verl rollout_corr/kl", "OpenRLHF vllm_kl", "oat fork kl_sample_train_v1", "slime mismatch_kl",
+              "AReaL behave_approx_kl")),
     Estimand("k2_nats_per_token", "mean(r^2)/2", NATS, NON_NEGATIVE, "log", ("oat fork kl_sample_train_v2",)),
     Estimand("k3_nats_per_token", "mean(e^r - 1 - r)", NATS, NON_NEGATIVE, "log",
              ("verl rollout_corr/k3_kl", "prime-rl mismatch_kl", "NeMo-RL gen_kl_error", "slime mismatch_k3_kl")),
-    Estimand("reverse_k3_nats_per_token", "mean(e^-r - 1 + r)", NATS, NON_NEGATIVE, "log", ("NeMo-RL policy_kl_error",)),
+    Estimand("reverse_k3_nats_per_token", "mean(e^-r - 1 + r)", NATS, NON_NEGATIVE, "log",
+             ("NeMo-RL policy_kl_error",)),
     Estimand("prob_diff_mean", "mean|pi - mu|", PROB, UNIT, "log",
              ("verl training/rollout_probs_diff_mean", "paper Mean[Abs(pi - mu)]")),
     Estimand("prob_diff_max", "max(pi - mu)", PROB, SIGNED_UNIT, "identity",
@@ -53,25 +57,28 @@ _ROWS = (
              ("verl training/rollout_actor_probs_pearson_corr",)),
     Estimand("logprob_diff_mean", "mean|r|", NATS, NON_NEGATIVE, "log",
              ("TRL sampling/sampling_logp_difference/mean", "SkyRL rollout_train_logprobs_abs_diff_mean",
-              "slime train_rollout_logprob_abs_diff (mean over samples first)", "open-instruct vllm_vs_local_logprob_diff_mean",
+              "slime train_rollout_logprob_abs_diff (mean over samples first)",
+              "open-instruct vllm_vs_local_logprob_diff_mean",
               "torchtitan bit_wise/logprob_diff/mean")),
     Estimand("mult_prob_error", "mean(e^|r|)", "ratio", AT_LEAST_ONE, "log", ("NeMo-RL token_mult_prob_error",)),
     Estimand("out_of_band_share", "share of tokens with pi/mu outside [0.9, 1.1]", SHARE, UNIT, "logit",
              ("NeMo-RL is_oob_ratio", "verl rollout_is_oob_ratio", "SkyRL mask ratio (each with its own band)")),
     Estimand("k3_top_token_share", "max(k3 of one token) / sum(k3)", SHARE, UNIT, "logit"),
     Estimand("k3_top_0p1pct_share", "sum of the largest 0.1 % of token k3 / sum(k3)", SHARE, UNIT, "logit"),
-    Estimand("full_vocabulary_kl_nats_per_token", "mean over positions of sum_v mu_v (log mu_v - log pi_v)", NATS, NON_NEGATIVE, "log"),
+    Estimand("full_vocabulary_kl_nats_per_token", "mean over positions of sum_v mu_v (log mu_v - log pi_v)",
+             NATS, NON_NEGATIVE, "log"),
     # sequence level
-    Estimand("seq_kl_k1_nats", "mean over sequences of sum_t -r_t", NATS_SEQ, ANY, "identity", ("paper figure 5 KL[mu|pi]",)),
-    Estimand("seq_slope_nats_per_1k_tokens", "least-squares slope, with intercept, of sum_t r_t on T_i/1000", "nats/1k tokens", ANY,
-             "identity", ("paper figure 5 slope",)),
+    Estimand("seq_kl_k1_nats", "mean over sequences of sum_t -r_t", NATS_SEQ, ANY, "identity",
+             ("paper figure 5 KL[mu|pi]",)),
+    Estimand("seq_slope_nats_per_1k_tokens", "least-squares slope, with intercept, of sum_t r_t on T_i/1000", "nats/1k tokens",
+             ANY, "identity", ("paper figure 5 slope",)),
     Estimand("seq_intercept_nats", "intercept of that line", NATS_SEQ, ANY, "identity"),
     Estimand("seq_log_ratio_max", "max over sequences of sum_t r_t", NATS_SEQ, ANY, "identity"),
     Estimand("seq_log_ratio_min", "min over sequences of sum_t r_t", NATS_SEQ, ANY, "identity"),
     Estimand("seq_mult_prob_error_max", "max over sequences of mean_t e^|r_t|", "ratio", AT_LEAST_ONE, "log",
              ("NeMo-RL max_seq_mult_prob_error",)),
-    Estimand("effective_sample_size", "(sum w)^2 / (N sum w^2), w = exp(sum_t r_t) per sequence, untruncated", SHARE, UNIT, "logit",
-             ("verl rollout_is_eff_sample_size (there of truncated weights)",)),
+    Estimand("effective_sample_size", "(sum w)^2 / (N sum w^2), w = exp(sum_t r_t) per sequence, untruncated",
+             SHARE, UNIT, "logit", ("verl rollout_is_eff_sample_size (there of truncated weights)",)),
     Estimand("response_tokens_mean", "mean over sequences of T_i", "tokens", NON_NEGATIVE, "log"),
     Estimand("truncated_share", "share of sequences cut off by the token limit", SHARE, UNIT, "logit"),
     Estimand("reward_mean", "mean over sequences of the reward (0 or 1: the accuracy)", SHARE, UNIT, "logit",
@@ -82,15 +89,19 @@ _ROWS = (
     Estimand("loss_scale", "fp16 loss scale in force", "1", NON_NEGATIVE, "log"),
     Estimand("step_skipped", "share of optimizer steps skipped after a non-finite gradient", SHARE, UNIT, "logit",
              ("AReaL update_successful (its complement)",)),
-    Estimand("clip_fraction", "share of response tokens whose importance ratio is clipped or masked", SHARE, UNIT, "logit"),
+    Estimand("clip_fraction", "share of response tokens whose importance ratio is clipped or masked",
+             SHARE, UNIT, "logit"),
     Estimand("importance_weight_mean", "mean correction weight actually applied", "ratio", NON_NEGATIVE, "log",
-             ("TRL sampling/importance_sampling_ratio/mean", "NeMo-RL sampling_importance_ratio", "verl rollout_is_mean")),
+             ("TRL sampling/importance_sampling_ratio/mean", "NeMo-RL sampling_importance_ratio",
+              "verl rollout_is_mean")),
     Estimand("importance_weight_max", "largest correction weight actually applied", "ratio", NON_NEGATIVE, "log",
              ("TRL sampling/importance_sampling_ratio/max", "verl rollout_is_max")),
-    Estimand("sync_probe_k3", "k3 between sampler and trainer on probe tokens right after a weight sync", NATS, NON_NEGATIVE, "log"),
+    Estimand("sync_probe_k3", "k3 between sampler and trainer on probe tokens right after a weight sync",
+             NATS, NON_NEGATIVE, "log"),
     # seconds; never part of bit-equality
     *(Estimand(f"t_{part}_s", f"wall time of {text}", "s", NON_NEGATIVE, "log") for part, text in
-      {"sample": "sampling", "score": "scoring with the trainer", "train": "forward, backward and step", "sync": "weight sync",
+      {"sample": "sampling", "score": "scoring with the trainer", "train": "forward, backward and step",
+       "sync": "weight sync",
        "rest": "everything else in the step"}.items()),
     # counts of a run or a data set
     *(Estimand(name, text, unit, NON_NEGATIVE, "identity") for name, text, unit in (

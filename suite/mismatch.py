@@ -4,24 +4,27 @@ Everything is a function of two numbers per response token, log mu and log pi of
 
     r = log pi - log mu        (trainer minus rollout; nats)
 
-What a verdict rests on is additive: `prompt_sums` turns tokens into one row of sums per prompt, `concat_sums` merges rows of the
-same prompt, and `estimates` turns rows into numbers. Rows can be split, permuted and merged freely; so a run can be recorded in
-parts, resumed, published without its tokens, and graded again from the sums alone. `token_statistics` holds what sums cannot give
-(quantiles, correlation, sequence weights).
+What a verdict rests on is additive: `prompt_sums` turns tokens into one row of sums per prompt, `concat_sums` merges
+rows of the same prompt, and `estimates` turns rows into numbers. Rows can be split, permuted and merged freely; so a
+run can be recorded in parts, resumed, published without its tokens, and graded again from the sums alone.
+`token_statistics` holds what sums cannot give (quantiles, correlation, sequence weights); suite/resolved.py holds the
+same gap in bins, and over the whole vocabulary.
 
-Names, formulas, units, and what other systems call the same thing: `suite.estimands.ESTIMANDS` (also importable from here).
+Names, formulas, units, and what other systems call the same thing: `suite.estimands.ESTIMANDS` (also importable from
+here).
 
-Non-finite log-probabilities are an error, never a number. A finite but huge |r| (above about 709 nats) makes exp(|r|) exceed
-float64: the affected sum is then +inf, in its own prompt's row and in every estimate built on it, and is never turned into nan or
-clipped; k1, k2 and, for r < 0, k3 stay finite.
+Non-finite log-probabilities are an error, never a number. A finite but huge |r| (above about 709 nats) makes exp(|r|)
+exceed float64: the affected sum is then +inf, in its own prompt's row and in every estimate built on it, and is never
+turned into nan or clipped; k1, k2 and, for r < 0, k3 stay finite.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from suite.estimands import ESTIMANDS, Estimand  # noqa: F401  (one table of names, offered where people look for it)
 
@@ -33,33 +36,57 @@ COUNTS = ("num_rollouts", "num_response_tokens", "num_out_of_band", "num_rewarde
 MAXIMA = ("max_prob_diff", "max_k3")
 MINIMA = ("min_prob_diff",)
 PROMPT_SUM_COLUMNS = (
-    "prompt_id", "num_rollouts", "num_response_tokens",
-    "sum_k1", "sum_k2", "sum_k3", "sum_reverse_k3",
-    "sum_abs_prob_diff", "sum_abs_logprob_diff", "sum_mult_prob_error", "num_out_of_band",
-    "max_prob_diff", "min_prob_diff", "max_k3",
-    "sum_len_k", "sum_len_k2", "sum_seq_log_ratio", "sum_seq_log_ratio2", "sum_len_k_x_seq_log_ratio",
-    "sum_reward", "sum_reward2", "num_rewarded", "num_truncated",
+    "prompt_id",
+    "num_rollouts",
+    "num_response_tokens",
+    "sum_k1",
+    "sum_k2",
+    "sum_k3",
+    "sum_reverse_k3",
+    "sum_abs_prob_diff",
+    "sum_abs_logprob_diff",
+    "sum_mult_prob_error",
+    "num_out_of_band",
+    "max_prob_diff",
+    "min_prob_diff",
+    "max_k3",
+    "sum_len_k",
+    "sum_len_k2",
+    "sum_seq_log_ratio",
+    "sum_seq_log_ratio2",
+    "sum_len_k_x_seq_log_ratio",
+    "sum_reward",
+    "sum_reward2",
+    "num_rewarded",
+    "num_truncated",
 )
 SUMS = tuple(c for c in PROMPT_SUM_COLUMNS if c not in ("prompt_id", *MAXIMA, *MINIMA))
 
 Sums = dict[str, np.ndarray]
 
 
-# ---- per token ----------------------------------------------------------------------------------------------------------------
+# ---- per token -----------------------------------------------------------------------------------------------------
 
-def log_ratio(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray) -> np.ndarray:
+
+def log_ratio(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray) -> Float[np.ndarray, "T"]:
     """r = log pi - log mu per token, (T,) float64, nats. ValueError if shapes differ or a value is not finite."""
-    log_mu, log_pi = _finite("rollout_logprobs", rollout_logprobs), _finite("trainer_logprobs", trainer_logprobs)
+    log_mu, log_pi = (
+        finite_tokens("rollout_logprobs", rollout_logprobs),
+        finite_tokens("trainer_logprobs", trainer_logprobs),
+    )
     if log_mu.shape != log_pi.shape:
-        raise ValueError(f"rollout_logprobs has shape {log_mu.shape}, trainer_logprobs {log_pi.shape}: they must be equal")
+        raise ValueError(
+            f"rollout_logprobs has shape {log_mu.shape}, trainer_logprobs {log_pi.shape}: they must be equal"
+        )
     return log_pi - log_mu
 
 
-def k3(r: np.ndarray) -> np.ndarray:
+def k3(r: np.ndarray | float) -> Float[np.ndarray, "*shape"]:
     """e^r - 1 - r >= 0, elementwise: the low-variance estimator of KL[mu||pi] on tokens sampled from mu.
 
-    e^r - 1 comes from expm1; where |r| < 1e-3 even expm1(r) - r cancels, so there the series r^2/2 + r^3/6 + r^4/24 + r^5/120 is
-    used (its next term is below 1e-14 of the value). k3(1e-8) is 5e-17 to full precision. +inf where r > 709.78.
+    e^r - 1 comes from expm1; where |r| < 1e-3 even expm1(r) - r cancels, so there the series r^2/2 + r^3/6 + r^4/24 +
+    r^5/120 is used (its next term is below 1e-14 of the value). k3(1e-8) is 5e-17 to full precision. +inf where r >
+    709.78.
     """
     r = np.asarray(r, dtype=np.float64)
     series = r * r * (0.5 + r * (1.0 / 6.0 + r * (1.0 / 24.0 + r / 120.0)))
@@ -67,8 +94,9 @@ def k3(r: np.ndarray) -> np.ndarray:
         return np.where(np.abs(r) < 1e-3, series, np.expm1(r) - r)
 
 
-def prob_diff(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray) -> np.ndarray:
-    """pi - mu of the sampled token, signed, (T,). Computed as mu * (e^r - 1), which keeps its digits when pi and mu nearly agree."""
+def prob_diff(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray) -> Float[np.ndarray, "T"]:
+    """pi - mu of the sampled token, signed, (T,). Computed as mu * (e^r - 1), which keeps its digits when pi and mu
+    nearly agree."""
     r = log_ratio(rollout_logprobs, trainer_logprobs)
     mu = np.exp(np.asarray(rollout_logprobs, dtype=np.float64))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -76,7 +104,8 @@ def prob_diff(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray) -> np.
     return np.where(np.abs(r) < 1.0, close, np.exp(np.asarray(trainer_logprobs, dtype=np.float64)) - mu)
 
 
-def _finite(name: str, values: np.ndarray) -> np.ndarray:
+def finite_tokens(name: str, values: np.ndarray) -> Float[np.ndarray, "T"]:
+    """One value per token, float64; ValueError if not flat or not finite, naming the first such token."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"{name}: expected one flat array over tokens, found shape {values.shape}")
@@ -86,7 +115,8 @@ def _finite(name: str, values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _lengths(num_tokens: Sequence[int], total: int) -> np.ndarray:
+def token_counts(num_tokens: Sequence | np.ndarray, total: int) -> Int[np.ndarray, "N"]:
+    """Response tokens per rollout; ValueError if one is negative or they do not sum to `total`."""
     lengths = np.asarray(num_tokens, dtype=np.int64)
     if lengths.ndim != 1 or (lengths < 0).any():
         raise ValueError("num_tokens: expected one flat array of counts >= 0")
@@ -95,7 +125,9 @@ def _lengths(num_tokens: Sequence[int], total: int) -> np.ndarray:
     return lengths
 
 
-def _segments(reduce: np.ufunc, values: np.ndarray, lengths: np.ndarray, empty: float) -> np.ndarray:
+def _segments(
+    reduce: np.ufunc, values: Float[np.ndarray, "T"], lengths: Int[np.ndarray, "N"], empty: float
+) -> Float[np.ndarray, "N"]:
     """reduce (np.add, np.maximum, ...) over consecutive runs of `lengths`, (N,); runs of length 0 give `empty`."""
     out = np.full(lengths.shape, empty, dtype=np.float64)
     filled = lengths > 0
@@ -105,22 +137,23 @@ def _segments(reduce: np.ufunc, values: np.ndarray, lengths: np.ndarray, empty: 
     return out
 
 
-# ---- sums ---------------------------------------------------------------------------------------------------------------------
+# ---- sums ----------------------------------------------------------------------------------------------------------
+
 
 def prompt_sums(
-    prompt_ids: Sequence[str],
-    num_tokens: Sequence[int],
+    prompt_ids: Sequence | np.ndarray,
+    num_tokens: Sequence | np.ndarray,
     rollout_logprobs: np.ndarray,
     trainer_logprobs: np.ndarray,
-    rewards: Sequence[float] | None = None,
-    truncated: Sequence[bool] | None = None,
+    rewards: Sequence | np.ndarray | None = None,
+    truncated: Sequence | np.ndarray | None = None,
 ) -> Sums:
     """One row of sums per distinct prompt, in order of first appearance: the columns of PROMPT_SUM_COLUMNS.
 
-    prompt_ids (N,), one per rollout; num_tokens (N,), response tokens of each, 0 allowed; rollout_logprobs and trainer_logprobs
-    (sum of num_tokens,), nats, the rollouts' response tokens laid end to end. rewards (N,), nan = not rewarded. Lengths in the
-    sequence moments are in thousands of tokens. A prompt without any token has max = -inf and min = +inf.
-    ValueError: shapes that disagree, non-finite log-probabilities, infinite rewards.
+    prompt_ids (N,), one per rollout; num_tokens (N,), response tokens of each, 0 allowed; rollout_logprobs and
+    trainer_logprobs (sum of num_tokens,), nats, the rollouts' response tokens laid end to end. rewards (N,), nan =
+    not rewarded. Lengths in the sequence moments are in thousands of tokens. A prompt without any token has max =
+    -inf and min = +inf. ValueError: shapes that disagree, non-finite log-probabilities, infinite rewards.
     """
     rollouts = _rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, truncated)
     if len(prompt_ids) != len(rollouts["num_rollouts"]):
@@ -131,7 +164,7 @@ def prompt_sums(
 def _rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, truncated) -> Sums:
     """The same columns as prompt_sums without prompt_id, one row per rollout."""
     r = log_ratio(rollout_logprobs, trainer_logprobs)
-    lengths = _lengths(num_tokens, r.size)
+    lengths = token_counts(num_tokens, r.size)
     with np.errstate(over="ignore"):
         mult_prob_error = np.exp(np.abs(r))
     diff, k3_tokens = prob_diff(rollout_logprobs, trainer_logprobs), k3(r)
@@ -164,17 +197,19 @@ def _rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, trunc
     }
 
 
-def _rewards(rewards, num_rollouts: int) -> tuple[np.ndarray, np.ndarray]:
+def _rewards(rewards, num_rollouts: int) -> tuple[Float[np.ndarray, "N"], np.ndarray]:
     if rewards is None:
         return np.zeros(num_rollouts), np.zeros(num_rollouts, dtype=bool)
     rewards = np.asarray(rewards, dtype=np.float64)
     if rewards.shape != (num_rollouts,) or np.isinf(rewards).any():
-        raise ValueError(f"rewards: expected {num_rollouts} finite values (nan = not rewarded), found shape {rewards.shape}")
+        raise ValueError(
+            f"rewards: expected {num_rollouts} finite values (nan = not rewarded), found shape {rewards.shape}"
+        )
     rewarded = ~np.isnan(rewards)
     return np.where(rewarded, rewards, 0.0), rewarded
 
 
-def _flags(truncated, num_rollouts: int) -> np.ndarray:
+def _flags(truncated, num_rollouts: int) -> Int[np.ndarray, "N"]:
     if truncated is None:
         return np.zeros(num_rollouts, dtype=np.int64)
     flags = np.asarray(truncated, dtype=bool)
@@ -183,7 +218,7 @@ def _flags(truncated, num_rollouts: int) -> np.ndarray:
     return flags.astype(np.int64)
 
 
-def _merge_rows(keys: Sequence[str], rows: Sums) -> Sums:
+def _merge_rows(keys: list[str], rows: Sums) -> Sums:
     """Rows with the same key become one row: sums add, maxima and minima are taken."""
     index: dict[str, int] = {}
     where = np.array([index.setdefault(key, len(index)) for key in keys], dtype=np.int64)
@@ -199,8 +234,9 @@ def _merge_rows(keys: Sequence[str], rows: Sums) -> Sums:
     return merged
 
 
-def concat_sums(tables: Sequence[Sums]) -> Sums:
-    """Tables of prompt_sums laid together, rows of the same prompt merged, in order of first appearance. [] gives an empty table."""
+def concat_sums(tables: Sequence) -> Sums:
+    """Tables of prompt_sums laid together, rows of the same prompt merged, in order of first appearance. [] gives an
+    empty table."""
     for table in tables:
         missing = [c for c in PROMPT_SUM_COLUMNS if c not in table]
         if missing:
@@ -213,15 +249,18 @@ def _stack(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.asarray(p) for p in parts]) if parts else np.zeros(0)
 
 
-# ---- estimates ----------------------------------------------------------------------------------------------------------------
+# ---- estimates -----------------------------------------------------------------------------------------------------
 
-def totals_of(sums: Sums) -> dict[str, np.ndarray]:
-    """Additive columns summed over prompts: what estimates_of_totals takes (the bootstrap makes its own, one per resample)."""
+
+def totals_of(sums: Mapping) -> dict:
+    """Additive columns summed over prompts: what estimates_of_totals takes (the bootstrap makes its own, one per
+    resample)."""
     return {c: np.asarray(sums[c]).sum() for c in SUMS}
 
 
-def estimates_of_totals(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every estimate that is a function of additive totals; elementwise over totals of any shape. nan where it is undefined."""
+def estimates_of_totals(totals: Mapping) -> dict:
+    """Every estimate that is a function of additive totals; elementwise over totals of any shape. nan where it is
+    undefined."""
     t = {name: np.asarray(value, dtype=np.float64) for name, value in totals.items()}
     tokens, rollouts = t["num_response_tokens"], t["num_rollouts"]
     slope, intercept = _least_squares(t)
@@ -243,12 +282,12 @@ def estimates_of_totals(totals: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
-def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def _ratio(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(bottom > 0, top / bottom, np.nan)
 
 
-def _least_squares(t: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _least_squares(t: dict) -> tuple:
     """Slope (nats per 1,000 tokens) and intercept (nats) of sequence log-ratio on length, from centred second moments.
 
     Undefined (nan) when all lengths are equal, i.e. when the centred sum of squares is rounding error of the raw one.
@@ -261,10 +300,12 @@ def _least_squares(t: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return slope, mean_y - slope * mean_x
 
 
-def estimates(sums: Sums) -> dict[str, float | None]:
-    """Every metric that prompt sums can give, named as in ESTIMANDS; pooled over tokens (or sequences), not averaged over prompts.
+def estimates(sums: Mapping) -> dict[str, float | None]:
+    """Every metric that prompt sums can give, named as in ESTIMANDS; pooled over tokens (or sequences), not averaged
+    over prompts.
 
-    None where there is nothing to estimate from: no token, no reward, all lengths equal, a share of a total that is zero.
+    None where there is nothing to estimate from: no token, no reward, all lengths equal, a share of a total that is
+    zero.
     """
     values = {name: float(value) for name, value in estimates_of_totals(totals_of(sums)).items()}
     has_tokens = int(np.asarray(sums["num_response_tokens"]).sum()) > 0
@@ -281,20 +322,25 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole > 0 and math.isfinite(whole) else math.nan
 
 
-def token_statistics(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray, num_tokens: Sequence[int]) -> dict[str, float | None]:
-    """What sums cannot give, from all tokens (T,) of a run: tail of |pi - mu|, tail share of k3, correlation, sequence weights.
+def token_statistics(
+    rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray, num_tokens: Sequence | np.ndarray
+) -> dict[str, float | None]:
+    """What sums cannot give, from all tokens (T,) of a run: tail of |pi - mu|, tail share of k3, correlation,
+    sequence weights.
 
-    effective_sample_size = (sum w)^2 / (N sum w^2), w = exp(sum_t r) per sequence, untruncated, so that it can show the collapse
-    that truncated weights hide; computed on the log scale, so no w overflows. None where undefined.
+    effective_sample_size = (sum w)^2 / (N sum w^2), w = exp(sum_t r) per sequence, untruncated, so that it can show
+    the collapse that truncated weights hide; computed on the log scale, so no w overflows. None where undefined.
     """
     r = log_ratio(rollout_logprobs, trainer_logprobs)
-    lengths = _lengths(num_tokens, r.size)
+    lengths = token_counts(num_tokens, r.size)
     seq = _segments(np.add, r, lengths, 0.0)
     with np.errstate(over="ignore"):
         seq_error = _segments(np.add, np.exp(np.abs(r)), lengths, np.nan) / np.maximum(lengths, 1)
     some_tokens, some_rollouts = r.size > 0, lengths.size > 0
     values = {
-        "prob_diff_p999": float(np.quantile(np.abs(prob_diff(rollout_logprobs, trainer_logprobs)), 0.999)) if some_tokens else math.nan,
+        "prob_diff_p999": float(np.quantile(np.abs(prob_diff(rollout_logprobs, trainer_logprobs)), 0.999))
+        if some_tokens
+        else math.nan,
         "k3_top_0p1pct_share": _top_share(k3(r), 0.001) if some_tokens else math.nan,
         "prob_pearson": _pearson(np.exp(rollout_logprobs), np.exp(trainer_logprobs)),
         "effective_sample_size": _effective_share(seq) if some_rollouts else math.nan,
@@ -305,7 +351,7 @@ def token_statistics(rollout_logprobs: np.ndarray, trainer_logprobs: np.ndarray,
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
-def _top_share(values: np.ndarray, fraction: float) -> float:
+def _top_share(values: Float[np.ndarray, "T"], fraction: float) -> float:
     count = math.ceil(fraction * values.size)
     return share(float(np.partition(values, -count)[-count:].sum()), float(values.sum()))
 
@@ -318,86 +364,6 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
-def _effective_share(log_weights: np.ndarray) -> float:
+def _effective_share(log_weights: Float[np.ndarray, "N"]) -> float:
     w = np.exp(log_weights - log_weights.max())
     return float(w.sum() ** 2 / (w.size * (w @ w)))
-
-
-# ---- resolved, and the full vocabulary ----------------------------------------------------------------------------------------
-
-def resolved(
-    rollout_logprobs: np.ndarray,
-    trainer_logprobs: np.ndarray,
-    num_tokens: Sequence[int],
-    by: str,
-    edges: Sequence[float],
-    entropies: np.ndarray | None = None,
-) -> list[dict]:
-    """The mismatch in bins of a token's property: rows {by, lo, hi, num_tokens, k3_nats_per_token, prob_diff_mean}.
-
-    by = "position" (0-based within the response), "length" (tokens of its response), "entropy" (nats, of the sampler's distribution
-    at that position; needs `entropies` (T,)), "probability" (mu of the sampled token). Bins are [lo, hi), the last one [lo, hi];
-    edges may be infinite. An empty bin has None. ValueError if a token lies outside all bins: a table must not lose tokens silently.
-    """
-    r = log_ratio(rollout_logprobs, trainer_logprobs)
-    x = _property(by, r.size, _lengths(num_tokens, r.size), rollout_logprobs, entropies)
-    edges = np.asarray(edges, dtype=np.float64)
-    if edges.ndim != 1 or edges.size < 2 or not (edges[1:] > edges[:-1]).all():
-        raise ValueError(f"edges: expected at least two increasing values, found {edges.tolist()}")
-    if x.size and (x.min() < edges[0] or x.max() > edges[-1]):
-        raise ValueError(f"{by} spans [{x.min()}, {x.max()}], outside the edges [{edges[0]}, {edges[-1]}]; use inf for open ends")
-    bins = np.minimum(np.searchsorted(edges, x, side="right") - 1, edges.size - 2)
-    count, k3_sum, diff_sum = (np.bincount(bins, weights=w, minlength=edges.size - 1)
-                               for w in (None, k3(r), np.abs(prob_diff(rollout_logprobs, trainer_logprobs))))
-    return [
-        {"by": by, "lo": float(edges[i]), "hi": float(edges[i + 1]), "num_tokens": int(n),
-         "k3_nats_per_token": float(k3_sum[i] / n) if n else None, "prob_diff_mean": float(diff_sum[i] / n) if n else None}
-        for i, n in enumerate(count)
-    ]
-
-
-def _property(by: str, num: int, lengths: np.ndarray, rollout_logprobs, entropies) -> np.ndarray:
-    if by == "position":
-        return (np.arange(num) - np.repeat(np.cumsum(lengths) - lengths, lengths)).astype(np.float64)
-    if by == "length":
-        return np.repeat(lengths, lengths).astype(np.float64)
-    if by == "probability":
-        return np.exp(np.asarray(rollout_logprobs, dtype=np.float64))
-    if by != "entropy":
-        raise ValueError(f"by: found {by!r}, allowed: position, length, entropy, probability")
-    if entropies is None or np.shape(entropies) != (num,):
-        raise ValueError(f"by='entropy' needs `entropies`, one per token ({num}), found {np.shape(entropies)}")
-    return _finite("entropies", entropies)
-
-
-def full_vocabulary_kl(mu_logprobs: np.ndarray, pi_logprobs: np.ndarray) -> np.ndarray:
-    """KL[mu||pi] at each position over the whole vocabulary, nats, (T,), from normalised log-probabilities (T, V).
-
-    Rows are renormalised in float64 and summed as mu * k3(log pi - log mu), which equals the KL of normalised rows, has no negative
-    terms to cancel, and is >= 0 by construction. +inf where pi is 0 on a token that mu can emit.
-    ValueError: shapes that differ, nan, or rows that are not log-probabilities (their probabilities do not sum to 1 within 1e-3).
-    """
-    log_mu, log_pi = _normalised("mu_logprobs", mu_logprobs), _normalised("pi_logprobs", pi_logprobs)
-    if log_mu.shape != log_pi.shape:
-        raise ValueError(f"mu_logprobs has shape {log_mu.shape}, pi_logprobs {log_pi.shape}: they must be equal")
-    possible = np.isfinite(log_mu)
-    r = np.where(possible, log_pi, 0.0) - np.where(possible, log_mu, 0.0)
-    with np.errstate(over="ignore", invalid="ignore"):
-        direct = np.exp(log_pi) - np.exp(log_mu) - np.exp(log_mu) * r  # mu * k3 without forming e^r, which may overflow
-        terms = np.where(np.abs(r) < 1.0, np.exp(log_mu) * k3(r), direct)
-    return np.where(possible, terms, np.exp(log_pi)).sum(axis=1)
-
-
-def _normalised(name: str, logprobs: np.ndarray) -> np.ndarray:
-    logprobs = np.asarray(logprobs, dtype=np.float64)
-    if logprobs.ndim != 2 or logprobs.shape[1] == 0:
-        raise ValueError(f"{name}: expected shape (T, V), found {logprobs.shape}")
-    if np.isnan(logprobs).any() or (logprobs == np.inf).any():
-        raise ValueError(f"{name}: nan or +inf")
-    top = logprobs.max(axis=1, keepdims=True)
-    if np.isneginf(top).any():
-        raise ValueError(f"{name}: row {int(np.isneginf(top).argmax())} gives every token probability 0")
-    log_total = top + np.log(np.exp(logprobs - top).sum(axis=1, keepdims=True))
-    if logprobs.shape[0] and np.abs(np.expm1(log_total)).max() > 1e-3:
-        raise ValueError(f"{name}: row {int(np.abs(log_total).argmax())} does not sum to 1; are these logits?")
-    return logprobs - log_total

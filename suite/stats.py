@@ -1,7 +1,9 @@
-"""Intervals over launches, resampling of prompts, events in series with censoring, and what a design can decide. numpy and scipy.
+"""Intervals over launches, resampling of prompts, events in series with censoring, and what a design can decide.
+numpy and scipy.
 
-The unit of replication is the launch (seed). Intervals are two-sided at `level` (0.90 unless told), so each end is a one-sided 5 %
-bound. Too little data is None, never 0.0 and never a point: one launch, launches that agree exactly, no pair, no value on the scale.
+The unit of replication is the launch (seed). Intervals are two-sided at `level` (0.90 unless told), so each end is a
+one-sided 5 % bound. Too little data is None, never 0.0 and never a point: one launch, launches that agree exactly, no
+pair, no value on the scale.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from scipy import stats as scipy_stats
 
 
 class Interval(NamedTuple):
-    """An estimate with its interval in the estimand's own unit, how it was made, and from how many launches, prompts or trials."""
+    """An estimate with its interval in the estimand's own unit, how it was made, and from how many launches, prompts
+    or trials."""
 
     estimate: float
     lo: float
@@ -24,13 +27,14 @@ class Interval(NamedTuple):
     num: int
 
 
-# ---- over launches ------------------------------------------------------------------------------------------------------------
+# ---- over launches -------------------------------------------------------------------------------------------------
+
 
 def to_scale(values: Sequence[float], scale: str, num_trials: Sequence[int] | int | None = None) -> np.ndarray | None:
     """Values (n,) on the scale on which an interval is taken; None if one of them does not lie on it.
 
-    "log": values > 0. "logit": rates in [0, 1]; with num_trials (per launch, or one for all) a rate x/n enters as
-    (x + 0.5)/(n + 1), so that 0 and 1 are finite; without, rates must lie strictly inside. "identity": any finite value.
+    "log": values > 0. "logit": rates in [0, 1]; with num_trials (per launch, or one for all) a rate x/n enters as (x
+    + 0.5)/(n + 1), so that 0 and 1 are finite; without, rates must lie strictly inside. "identity": any finite value.
     """
     values = np.asarray(values, dtype=np.float64)
     if scale == "identity":
@@ -49,7 +53,8 @@ def to_scale(values: Sequence[float], scale: str, num_trials: Sequence[int] | in
 
 
 def from_scale(value: float, scale: str, num_trials: Sequence[int] | int | None = None) -> float:
-    """Back to the estimand's unit; the (x + 0.5)/(n + 1) of the logit scale is undone (mean n), and the rate kept in [0, 1]."""
+    """Back to the estimand's unit; the (x + 0.5)/(n + 1) of the logit scale is undone (mean n), and the rate kept in
+    [0, 1]."""
     if scale == "log":
         return math.exp(value) if value < 709.0 else math.inf
     if scale != "logit":
@@ -66,8 +71,8 @@ def student_t_interval(
 ) -> Interval | None:
     """Mean over launches with a Student-t interval, taken on `scale` and brought back. values: one per launch.
 
-    None with fewer than two launches, if a value does not lie on the scale, or if all launches agree exactly: their spread then says
-    nothing about noise (use `launch_interval`, which falls back to the within-launch interval).
+    None with fewer than two launches, if a value does not lie on the scale, or if all launches agree exactly: their
+    spread then says nothing about noise (use `launch_interval`, which falls back to the within-launch interval).
     """
     x = to_scale(values, scale, num_trials)
     if x is None or x.size < 2 or _agree(x):
@@ -87,10 +92,14 @@ def _t_quantile(n: int, level: float) -> float:
 
 
 def launch_interval(
-    values: Sequence[float], within: Sequence[Interval | None], level: float = 0.90, scale: str = "identity",
+    values: Sequence[float],
+    within: Sequence[Interval | None],
+    level: float = 0.90,
+    scale: str = "identity",
     num_trials: Sequence[int] | int | None = None,
 ) -> Interval | None:
-    """student_t_interval; where all launches (two or more) agree exactly, the hull of the within-launch intervals instead.
+    """student_t_interval; where all launches (two or more) agree exactly, the hull of the within-launch intervals
+    instead.
 
     within: one interval per launch (e.g. prompt_bootstrap or clopper_pearson); None if any of those needed is missing.
     """
@@ -111,7 +120,8 @@ def pair_by_seed(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[i
 
 
 def paired_ratio(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.90) -> Interval | None:
-    """Geometric mean of a/b over seeds with a t interval on the log scale. None if fewer than two pairs or one is not positive."""
+    """Geometric mean of a/b over seeds with a t interval on the log scale. None if fewer than two pairs or one is not
+    positive."""
     _, x, y = pair_by_seed(a, b)
     if x.size < 2 or not ((x > 0) & (y > 0)).all():
         return None
@@ -124,20 +134,28 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: flo
     return student_t_interval(x - y, level, "identity")
 
 
-# ---- within a launch ----------------------------------------------------------------------------------------------------------
+# ---- within a launch -----------------------------------------------------------------------------------------------
+
 
 def prompt_bootstrap(
-    tables: Sequence[Mapping[str, np.ndarray]], statistic: Callable[..., np.ndarray], level: float = 0.90,
-    num_resamples: int = 2000, seed: int = 0,
+    tables: Sequence[Mapping[str, np.ndarray]],
+    statistic: Callable[..., np.ndarray],
+    level: float = 0.90,
+    num_resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval | None:
-    """Percentile bootstrap over prompts, which are the clusters within a launch; for display and for launches that agree exactly.
+    """Percentile bootstrap over prompts, which are the clusters within a launch; for display and for launches that
+    agree exactly.
 
     tables: one dict of additive columns (P,) per arm, rows aligned on the same prompts (arms are resampled together).
     statistic(*totals): per arm a dict of column totals of any shape (...,) -> (...,), e.g. a function of
-    mismatch.estimates_of_totals. Fixed seed: the same tables give the same interval. None with fewer than two prompts or where the
-    statistic is undefined (nan or inf) on the data or on a resample.
+    mismatch.estimates_of_totals. Fixed seed: the same tables give the same interval. None with fewer than two prompts
+    or where the statistic is undefined (nan or inf) on the data or on a resample.
     """
-    columns = [{name: np.asarray(col, dtype=np.float64) for name, col in table.items() if name != "prompt_id"} for table in tables]
+    columns = [
+        {name: np.asarray(col, dtype=np.float64) for name, col in table.items() if name != "prompt_id"}
+        for table in tables
+    ]
     sizes = {col.size for table in columns for col in table.values()}
     if len(sizes) != 1:
         raise ValueError(f"tables must have the same prompts, found columns of sizes {sorted(sizes)}")
@@ -169,7 +187,8 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.90) -> Interva
 
 
 def wilson(successes: int, trials: int, level: float = 0.90) -> Interval | None:
-    """Score interval for a share: shorter than Clopper-Pearson and close to nominal on average; for display. None without a trial."""
+    """Score interval for a share: shorter than Clopper-Pearson and close to nominal on average; for display. None
+    without a trial."""
     _check_share(successes, trials)
     if trials == 0:
         return None
@@ -184,7 +203,8 @@ def _check_share(successes: int, trials: int) -> None:
         raise ValueError(f"expected 0 <= successes <= trials, found {successes} of {trials}")
 
 
-# ---- events in a series -------------------------------------------------------------------------------------------------------
+# ---- events in a series --------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class EventTime:
@@ -200,7 +220,8 @@ class EventTime:
 
 
 def window_mean(values: Sequence[float], window: int) -> np.ndarray:
-    """Trailing means of `window` consecutive values, (n - window + 1,); entry i ends at value i + window - 1. Empty if too short."""
+    """Trailing means of `window` consecutive values, (n - window + 1,); entry i ends at value i + window - 1. Empty
+    if too short."""
     values = np.asarray(values, dtype=np.float64)
     if window < 1:
         raise ValueError(f"window: found {window}, allowed: >= 1")
@@ -212,12 +233,13 @@ def window_mean(values: Sequence[float], window: int) -> np.ndarray:
 def collapse_time(
     steps: Sequence[int], values: Sequence[float], drop: float, window: int, hold: int, relative: bool = False
 ) -> EventTime | None:
-    """First step of a collapse: the window mean falls more than `drop` below its own earlier peak and stays there for `hold` means.
+    """First step of a collapse: the window mean falls more than `drop` below its own earlier peak and stays there for
+    `hold` means.
 
-    steps, values: (n,), one entry per iteration. With `relative`, `drop` is a share of the peak ("falls by half": 0.5). The step is
-    that of the first mean of the held stretch. A non-finite value is an event at its own step, whichever comes first. A fall that
-    the series ends before `hold` is complete does not count: censored at the last step. None if the series is shorter than
-    window + hold (nothing could have been seen) and finite.
+    steps, values: (n,), one entry per iteration. With `relative`, `drop` is a share of the peak ("falls by half":
+    0.5). The step is that of the first mean of the held stretch. A non-finite value is an event at its own step,
+    whichever comes first. A fall that the series ends before `hold` is complete does not count: censored at the last
+    step. None if the series is shorter than window + hold (nothing could have been seen) and finite.
     """
     steps, values = _series(steps, values)
     broken = np.flatnonzero(~np.isfinite(values))
@@ -273,7 +295,8 @@ def _series(steps, values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def censored_median(times: Sequence[EventTime]) -> float | None:
-    """Median event time of launches seen to one horizon; None (beyond the horizon) if half of them or more are censored.
+    """Median event time of launches seen to one horizon; None (beyond the horizon) if half of them or more are
+    censored.
 
     ValueError if horizons differ and a launch is censored: both arms must run to the same horizon to be compared.
     """
@@ -287,24 +310,37 @@ def censored_median(times: Sequence[EventTime]) -> float | None:
     return None if math.isinf(median) else median
 
 
-# ---- what a design can decide -------------------------------------------------------------------------------------------------
+# ---- what a design can decide --------------------------------------------------------------------------------------
+
 
 def p_inside(mean: float, sd: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90) -> float:
     """Probability that a Student-t interval over `num` normal launches lies inside `accept`: P(PASS).
 
-    mean, sd (between launches) and accept are on the scale of the interval (log for ratios); None in accept is an open end.
-    By quadrature over the chi-squared distribution of the sample variance; 0 with fewer than two launches.
+    mean, sd (between launches) and accept are on the scale of the interval (log for ratios); None in accept is an
+    open end. By quadrature over the chi-squared distribution of the sample variance; 0 with fewer than two launches.
     """
     lo, hi = _open_ends(accept)
-    return _over_sample_sd(sd, num, level, lambda half, se: np.maximum(
-        0.0, scipy_stats.norm.cdf((hi - half - mean) / se) - scipy_stats.norm.cdf((lo + half - mean) / se)))
+    return _over_sample_sd(
+        sd,
+        num,
+        level,
+        lambda half, se: np.maximum(
+            0.0, scipy_stats.norm.cdf((hi - half - mean) / se) - scipy_stats.norm.cdf((lo + half - mean) / se)
+        ),
+    )
 
 
-def p_disjoint(mean: float, sd: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90) -> float:
+def p_disjoint(
+    mean: float, sd: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90
+) -> float:
     """Probability that the same interval lies wholly outside `accept`: P(FAIL)."""
     lo, hi = _open_ends(accept)
-    return _over_sample_sd(sd, num, level, lambda half, se: (
-        scipy_stats.norm.sf((hi + half - mean) / se) + scipy_stats.norm.cdf((lo - half - mean) / se)))
+    return _over_sample_sd(
+        sd,
+        num,
+        level,
+        lambda half, se: scipy_stats.norm.sf((hi + half - mean) / se) + scipy_stats.norm.cdf((lo - half - mean) / se),
+    )
 
 
 def _open_ends(accept) -> tuple[float, float]:
@@ -324,7 +360,8 @@ def _over_sample_sd(sd: float, num: int, level: float, probability: Callable) ->
 
 
 def p_share_inside(rate: float, num: int, accept: tuple[float | None, float | None], level: float = 0.90) -> float:
-    """Probability that the Clopper-Pearson interval of Binomial(num, rate) lies inside `accept`: P(PASS) of an event claim."""
+    """Probability that the Clopper-Pearson interval of Binomial(num, rate) lies inside `accept`: P(PASS) of an event
+    claim."""
     lo, hi = _open_ends(accept)
     return _over_counts(rate, num, level, lambda i: i.lo >= lo and i.hi <= hi)
 

@@ -1,4 +1,5 @@
-"""Dumps of another framework: numbers equal those of the tokens, both formats agree, and what cannot be used is refused by row."""
+"""Dumps of another framework: numbers equal those of the tokens, both formats agree, and what cannot be used is
+refused by row."""
 
 import json
 import math
@@ -14,21 +15,44 @@ from suite.mismatch import estimates, prompt_sums
 from suite.task import Task
 
 GRADE = {
-    "estimand": "k3_nats_per_token", "contrast": {"ratio": ["bf16", "fp16"]}, "accept": [16, 128], "min_seeds": 3,
-    "interval": {"method": "student_t"}, "tolerance": {"level": "P4", "derivation": "three mantissa bits", "date": "2026-01-01"},
+    "estimand": "k3_nats_per_token",
+    "contrast": {"ratio": ["bf16", "fp16"]},
+    "accept": [16, 128],
+    "min_seeds": 3,
+    "interval": {"method": "student_t"},
+    "tolerance": {"level": "P4", "derivation": "three mantissa bits", "date": "2026-01-01"},
 }
-CONTROL = {"name": "control-floor", "kind": "floor", "like": "fp32", "seeds": [0], "estimand": "k3_nats_per_token",
-           "contrast": {"arm": "control-floor"}, "accept": [None, 1e-9]}
+CONTROL = {
+    "name": "control-floor",
+    "kind": "floor",
+    "like": "fp32",
+    "seeds": [0],
+    "estimand": "k3_nats_per_token",
+    "contrast": {"arm": "control-floor"},
+    "accept": [None, 1e-9],
+}
 
 
 def make_task(controls=(), grid=None, protocol="offline_mismatch", **grade):
-    text = json.dumps({
-        "schema": 1, "id": "example", "version": 1, "grade_version": 1, "tier": "desk", "title": "an example", "protocol": protocol,
-        "claims": [{"id": "C1-k3-ratio", "about": "C1", "statement": "fp16 shrinks the gap", "kind": "ratio"}],
-        "arms": {"bf16": {}, "fp16": {}, "fp32": {}}, "vary": ["precision.rollout", "precision.train"], "grid": grid or {},
-        "seeds": [0, 1, 2], "controls": list(controls), "grade": {"C1-k3-ratio": GRADE | grade},
-        "resources": {"gpus": 0, "gpu_mem_gib": 0.0, "disk_gib": 0.1, "cpu_ok": True},
-    })
+    text = json.dumps(
+        {
+            "schema": 1,
+            "id": "example",
+            "version": 1,
+            "grade_version": 1,
+            "tier": "desk",
+            "title": "an example",
+            "protocol": protocol,
+            "claims": [{"id": "C1-k3-ratio", "about": "C1", "statement": "fp16 shrinks the gap", "kind": "ratio"}],
+            "arms": {"bf16": {}, "fp16": {}, "fp32": {}},
+            "vary": ["precision.rollout", "precision.train"],
+            "grid": grid or {},
+            "seeds": [0, 1, 2],
+            "controls": list(controls),
+            "grade": {"C1-k3-ratio": GRADE | grade},
+            "resources": {"gpus": 0, "gpu_mem_gib": 0.0, "disk_gib": 0.1, "cpu_ok": True},
+        }
+    )
     return Task.model_validate_json(text)
 
 
@@ -43,9 +67,21 @@ def make_rows(arms=("bf16", "fp16"), seeds=(0, 1, 2), num_prompts=4, samples=3, 
                     mu = -rng.exponential(1.0, length) - 0.5
                     pi = np.minimum(mu + rng.normal(0, 0.08 if arm == "bf16" else 0.01, length), 0.0)
                     mu, pi = (x.astype(np.float32).tolist() for x in (mu, pi))
-                    rows.append({"arm": arm, "seed": seed, "prompt_id": f"p{prompt}", "sample_id": sample, "num_prompt_tokens": 3,
-                                 "token_ids": list(range(3 + length)), "rollout_logprobs": mu, "trainer_logprobs": pi,
-                                 "finish_reason": "length" if sample == 0 else "stop", "reward": float(sample == 1), **extra})
+                    rows.append(
+                        {
+                            "arm": arm,
+                            "seed": seed,
+                            "prompt_id": f"p{prompt}",
+                            "sample_id": sample,
+                            "num_prompt_tokens": 3,
+                            "token_ids": list(range(3 + length)),
+                            "rollout_logprobs": mu,
+                            "trainer_logprobs": pi,
+                            "finish_reason": "length" if sample == 0 else "stop",
+                            "reward": float(sample == 1),
+                            **extra,
+                        }
+                    )
     return rows
 
 
@@ -65,11 +101,19 @@ def test_runs_hold_the_numbers_of_the_tokens(tmp_path, name):
     for run in runs:
         mine = [row for row in rows if (row["arm"], row["seed"]) == (run.arm, run.seed)]
         mu, pi = (np.concatenate([row[c] for row in mine]) for c in ("rollout_logprobs", "trainer_logprobs"))
-        want = prompt_sums([row["prompt_id"] for row in mine], [len(row["rollout_logprobs"]) for row in mine], mu, pi,
-                           [row["reward"] for row in mine], [row["finish_reason"] == "length" for row in mine])
+        want = prompt_sums(
+            [row["prompt_id"] for row in mine],
+            [len(row["rollout_logprobs"]) for row in mine],
+            mu,
+            pi,
+            [row["reward"] for row in mine],
+            [row["finish_reason"] == "length" for row in mine],
+        )
         assert all(np.array_equal(run.summary[column], want[column]) for column in want)
         assert run.record["series_summary"].items() >= estimates(want).items()
-        assert run.record["series_summary"]["prob_diff_p999"] == pytest.approx(np.quantile(np.abs(np.exp(pi) - np.exp(mu)), 0.999))
+        assert run.record["series_summary"]["prob_diff_p999"] == pytest.approx(
+            np.quantile(np.abs(np.exp(pi) - np.exp(mu)), 0.999)
+        )
         assert run.record["counts"] == {"num_prompts": 4, "num_rollouts": 12, "num_response_tokens": mu.size}
         assert run.status == "success" and run.record["limit"] is None and not run.is_control
     assert len({run.fingerprint for run in runs}) == 1
@@ -85,17 +129,21 @@ def test_folding_early_changes_nothing_but_the_token_statistics(tmp_path, monkey
             if column == "prompt_id":
                 assert values.tolist() == b.summary[column].tolist()
             else:
-                np.testing.assert_allclose(b.summary[column].astype(float), values.astype(float), rtol=1e-12, atol=1e-13)
+                np.testing.assert_allclose(
+                    b.summary[column].astype(float), values.astype(float), rtol=1e-12, atol=1e-13
+                )
         assert "prob_diff_p999" in a.record["series_summary"] and "prob_diff_p999" not in b.record["series_summary"]
 
 
 def test_response_token_ids_and_missing_options_are_accepted(tmp_path):
     rows = make_rows()
     for row in rows:
-        row["response_token_ids"] = row.pop("token_ids")[row.pop("num_prompt_tokens"):]
+        row["response_token_ids"] = row.pop("token_ids")[row.pop("num_prompt_tokens") :]
         for name in ("sample_id", "finish_reason", "reward"):
             del row[name]
-    full, bare = (dump.runs_of_dump(make_task(), write(tmp_path / n, r)) for n, r in (("a.jsonl", make_rows()), ("b.jsonl", rows)))
+    full, bare = (
+        dump.runs_of_dump(make_task(), write(tmp_path / n, r)) for n, r in (("a.jsonl", make_rows()), ("b.jsonl", rows))
+    )
     for a, b in zip(full, bare):
         assert np.array_equal(a.summary["sum_k3"], b.summary["sum_k3"])
         assert b.summary["num_truncated"].sum() == 0 and b.record["series_summary"]["reward_mean"] is None
@@ -115,30 +163,33 @@ def test_a_single_grid_point_needs_no_column(tmp_path):
     assert runs[0].point == {"data.num_terms": [8, 24]}
 
 
-@pytest.mark.parametrize("change, field, says", [
-    ({"rollout_logprobs": [-0.1]}, "rollout_logprobs", "1 values"),
-    ({"trainer_logprobs": []}, "trainer_logprobs", "0 values"),
-    ({"num_prompt_tokens": 10**6}, "num_prompt_tokens", "at most"),
-    ({"num_prompt_tokens": None}, "num_prompt_tokens", "response_token_ids"),
-    ({"arm": "int8"}, "arm", "control-floor"),
-    ({"arm": None}, "arm", "missing or null"),
-    ({"seed": None}, "seed", "missing or null"),
-    ({"seed": -1}, "seed", ">= 0"),
-    ({"seed": 1.5}, "seed", "integer"),
-    ({"seed": True}, "seed", "integer"),
-    ({"sample_id": "x"}, "sample_id", "integer"),
-    ({"prompt_id": 1.5}, "prompt_id", "string"),
-    ({"finish_reason": "eos"}, "finish_reason", "stop, length"),
-    ({"reward": math.inf}, "reward", "finite"),
-    ({"token_ids": "abc"}, "token_ids", "list"),
-    ({"token_ids": [1, 2, -3, 4]}, "token_ids", "-3"),
-    ({"token_ids": [1, 2, 3.5, 4]}, "token_ids", "3.5"),
-    ({"token_ids": [1, math.nan]}, "token_ids", "nan"),
-    ({"token_ids": [1, 10**30]}, "token_ids", "an entry"),
-    ({"rollout_logprobs": "abc"}, "rollout_logprobs", "list"),
-    ({"response_token_ids": [1]}, "response_token_ids", "either"),
-    ({"temperature": 1.0, "extra": 2}, "columns", "['extra', 'temperature']"),
-])
+@pytest.mark.parametrize(
+    "change, field, says",
+    [
+        ({"rollout_logprobs": [-0.1]}, "rollout_logprobs", "1 values"),
+        ({"trainer_logprobs": []}, "trainer_logprobs", "0 values"),
+        ({"num_prompt_tokens": 10**6}, "num_prompt_tokens", "at most"),
+        ({"num_prompt_tokens": None}, "num_prompt_tokens", "response_token_ids"),
+        ({"arm": "int8"}, "arm", "control-floor"),
+        ({"arm": None}, "arm", "missing or null"),
+        ({"seed": None}, "seed", "missing or null"),
+        ({"seed": -1}, "seed", ">= 0"),
+        ({"seed": 1.5}, "seed", "integer"),
+        ({"seed": True}, "seed", "integer"),
+        ({"sample_id": "x"}, "sample_id", "integer"),
+        ({"prompt_id": 1.5}, "prompt_id", "string"),
+        ({"finish_reason": "eos"}, "finish_reason", "stop, length"),
+        ({"reward": math.inf}, "reward", "finite"),
+        ({"token_ids": "abc"}, "token_ids", "list"),
+        ({"token_ids": [1, 2, -3, 4]}, "token_ids", "-3"),
+        ({"token_ids": [1, 2, 3.5, 4]}, "token_ids", "3.5"),
+        ({"token_ids": [1, math.nan]}, "token_ids", "nan"),
+        ({"token_ids": [1, 10**30]}, "token_ids", "an entry"),
+        ({"rollout_logprobs": "abc"}, "rollout_logprobs", "list"),
+        ({"response_token_ids": [1]}, "response_token_ids", "either"),
+        ({"temperature": 1.0, "extra": 2}, "columns", "['extra', 'temperature']"),
+    ],
+)
 def test_a_row_that_cannot_be_used_is_refused_with_row_and_field(tmp_path, change, field, says):
     rows = make_rows()
     rows[16] |= change
@@ -148,8 +199,18 @@ def test_a_row_that_cannot_be_used_is_refused_with_row_and_field(tmp_path, chang
     assert str(path) in str(refused.value) and f"row 17: {field}" in str(refused.value) and says in str(refused.value)
 
 
-@pytest.mark.parametrize("bad, shown", [(math.nan, "nan"), (-math.inf, "-inf"), (math.inf, "inf"), (1e-3, "0.001"), (None, "no number"),
-                                        ("x", "x"), (True, "True")])
+@pytest.mark.parametrize(
+    "bad, shown",
+    [
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+        (math.inf, "inf"),
+        (1e-3, "0.001"),
+        (None, "no number"),
+        ("x", "x"),
+        (True, "True"),
+    ],
+)
 @pytest.mark.parametrize("side", ["rollout_logprobs", "trainer_logprobs"])
 def test_a_log_prob_that_is_none_is_refused_with_its_token(tmp_path, bad, shown, side):
     rows = make_rows()
@@ -194,11 +255,20 @@ def test_the_grid_column_is_asked_for_and_checked(tmp_path):
         dump.runs_of_dump(task, write(tmp_path / "b.jsonl", make_rows(num_terms=[1, 2])))
 
 
-@pytest.mark.parametrize("content, says", [
-    (b"", "empty file"), (b"\n\n", "the file is empty"), (bytes(range(128, 256)) * 8, "row 1"), (b"PAR1garbage", "not readable as parquet"),
-    (b"[1, 2]\n", "JSON object"), (b"[" * 100_000, "row 1"), (b'{"arm": "bf16", "arm": "fp16"}\n', "given twice"), (b'{"arm": ', "row 1"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", "row 1"),
-])
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "empty file"),
+        (b"\n\n", "the file is empty"),
+        (bytes(range(128, 256)) * 8, "row 1"),
+        (b"PAR1garbage", "not readable as parquet"),
+        (b"[1, 2]\n", "JSON object"),
+        (b"[" * 100_000, "row 1"),
+        (b'{"arm": "bf16", "arm": "fp16"}\n', "given twice"),
+        (b'{"arm": ', "row 1"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "row 1"),
+    ],
+)
 def test_what_is_no_dump_is_refused(tmp_path, content, says):
     path = tmp_path / "dump.bin"
     path.write_bytes(content)
@@ -226,17 +296,68 @@ def test_rl_tasks_are_not_graded_from_a_dump(tmp_path):
         dump.runs_of_dump(make_task(protocol="rl"), write(tmp_path / "dump.jsonl", make_rows()))
 
 
-def judged(verdict, claims):
-    return {"verdict": verdict, "reason": "r", "controls": [], "claims": [{"id": c, "verdict": c, "reason": "r"} for c in claims]}
+def swapped(rows):
+    return [row | {"arm": {"bf16": "fp16", "fp16": "bf16"}.get(row["arm"], row["arm"])} for row in rows]
 
 
-def test_absent_controls_are_listed_and_cap_both_ways():
-    control = make_task([CONTROL]).controls[0]
-    for verdict in ("PASS", "FAIL"):
-        capped = dump.cap_for_absent_controls(judged(verdict, ["PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN"]), [control])
-        assert capped["verdict"] == "INCONCLUSIVE" and f"would be {verdict}" in capped["reason"]
-        assert [c["verdict"] for c in capped["claims"]] == ["INCONCLUSIVE"] * 3 + ["NOT_RUN"]
-        assert capped["controls"][0]["name"] == "control-floor" and capped["controls"][0]["verdict"] == "ABSENT"
-    for verdict in ("INVALID", "ERROR", "NOT_RUN"):
-        assert dump.cap_for_absent_controls(judged(verdict, []), [control])["verdict"] == verdict
-    assert dump.cap_for_absent_controls(judged("PASS", ["PASS"]), []) == judged("PASS", ["PASS"])
+@pytest.mark.parametrize("rows, verdict", [(make_rows(), "PASS"), (swapped(make_rows()), "FAIL")])
+def test_a_dump_is_judged_like_a_run(tmp_path, rows, verdict):
+    found = dump.grade_evidence(make_task(), write(tmp_path / "dump.jsonl", rows))
+    (claim,) = found["claims"]
+    assert found["verdict"] == claim["verdict"] == verdict
+    ratios = []
+    for seed in (0, 1, 2):
+        r = {
+            arm: np.concatenate(
+                [
+                    np.subtract(row["trainer_logprobs"], row["rollout_logprobs"])
+                    for row in rows
+                    if (row["arm"], row["seed"]) == (arm, seed)
+                ]
+            )
+            for arm in ("bf16", "fp16")
+        }
+        ratios.append(np.mean(np.expm1(r["bf16"]) - r["bf16"]) / np.mean(np.expm1(r["fp16"]) - r["fp16"]))
+    assert claim["estimate"] == pytest.approx(np.exp(np.mean(np.log(ratios))), rel=1e-6) and claim["num_seeds"] == 3
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("rows, verdict", [(make_rows(), "PASS"), (swapped(make_rows()), "FAIL")])
+def test_absent_controls_are_listed_and_cap_both_ways(tmp_path, rows, verdict):
+    found = dump.grade_evidence(make_task([CONTROL]), write(tmp_path / "dump.jsonl", rows))
+    assert found["verdict"] == found["claims"][0]["verdict"] == "INCONCLUSIVE"
+    assert (
+        f"control-floor; otherwise {verdict}" in found["reason"]
+        and f"otherwise {verdict}" in found["claims"][0]["reason"]
+    )
+    assert [(c["name"], c["outcome"]) for c in found["controls"]] == [("control-floor", "absent")]
+
+
+def test_controls_that_the_dump_carries_are_judged(tmp_path):
+    floor = make_rows(arms=["control-floor"], seeds=[0])
+    for row in floor:
+        row["trainer_logprobs"] = [x - 1e-5 for x in row["rollout_logprobs"]]  # k3 = 5e-11
+    task = make_task([CONTROL])
+    held = dump.grade_evidence(task, write(tmp_path / "held.jsonl", make_rows() + floor))
+    assert held["verdict"] == "PASS" and held["controls"][0]["outcome"] == "holds"
+    broken = dump.grade_evidence(task, write(tmp_path / "broken.jsonl", make_rows(["bf16", "fp16", "control-floor"])))
+    assert broken["verdict"] == "INVALID" and broken["controls"][0]["outcome"] == "broken"
+
+
+def test_one_seed_is_inconclusive(tmp_path):
+    assert (
+        dump.grade_evidence(make_task(), write(tmp_path / "dump.jsonl", make_rows(seeds=[5])))["verdict"]
+        == "INCONCLUSIVE"
+    )
+
+
+def test_the_verdict_does_not_depend_on_the_format(tmp_path):
+    found = [
+        dump.grade_evidence(make_task(), write(tmp_path / name, make_rows())) for name in ("dump.jsonl", "dump.parquet")
+    ]
+    for verdict in found:
+        for key in ("fingerprint", "environment"):
+            del verdict[key]
+        for run in verdict["runs"]:
+            del run["run_key"]
+    assert found[0] == found[1]

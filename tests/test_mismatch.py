@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from suite import mismatch as mm
+from suite.resolved import full_vocabulary_kl, resolved
 
 HALF, QUARTER, TENTH = math.log(0.5), math.log(0.25), math.log(0.1)
 
 
 def rollouts(seed: int, num: int = 40, num_prompts: int = 7, spread: float = 0.05):
-    """Random rollouts of uneven length (some empty) over a few prompts: ids, lengths, log mu, log pi, rewards, truncated."""
+    """Random rollouts of uneven length (some empty) over a few prompts: ids, lengths, log mu, log pi, rewards,
+    truncated."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 30, num)
     log_mu = -rng.exponential(1.0, lengths.sum()) - 0.5
@@ -65,6 +67,7 @@ def test_k3_keeps_its_digits_for_tiny_ratios():
 @pytest.mark.parametrize("r", [-0.9e-3, 0.99e-3, 1.01e-3, -1.01e-3, 0.3, -4.0])
 def test_k3_agrees_with_exact_rational_series(r):
     from fractions import Fraction
+
     x, term, total = Fraction(r), Fraction(1), Fraction(0)
     for n in range(1, 60):
         term = term * x / n
@@ -91,8 +94,11 @@ def test_sequence_kl_is_the_mean_over_sequences_not_over_tokens():
 def test_sums_equal_a_token_by_token_reference():
     ids, lengths, log_mu, log_pi, rewards, truncated = data = rollouts(0)
     sums = mm.prompt_sums(*data)
-    want = {p: dict.fromkeys(mm.PROMPT_SUM_COLUMNS, 0.0) | {"max_prob_diff": -math.inf, "min_prob_diff": math.inf, "max_k3": -math.inf}
-            for p in ids}
+    want = {
+        p: dict.fromkeys(mm.PROMPT_SUM_COLUMNS, 0.0)
+        | {"max_prob_diff": -math.inf, "min_prob_diff": math.inf, "max_k3": -math.inf}
+        for p in ids
+    }
     start = 0
     for i, prompt in enumerate(ids):
         row, seq = want[prompt], 0.0
@@ -113,9 +119,16 @@ def test_sums_equal_a_token_by_token_reference():
             row["max_k3"] = max(row["max_k3"], k3)
         start += lengths[i]
         x = lengths[i] / 1000
-        for column, value in (("num_rollouts", 1), ("num_response_tokens", lengths[i]), ("sum_len_k", x), ("sum_len_k2", x * x),
-                              ("sum_seq_log_ratio", seq), ("sum_seq_log_ratio2", seq**2), ("sum_len_k_x_seq_log_ratio", x * seq),
-                              ("num_truncated", truncated[i])):
+        for column, value in (
+            ("num_rollouts", 1),
+            ("num_response_tokens", lengths[i]),
+            ("sum_len_k", x),
+            ("sum_len_k2", x * x),
+            ("sum_seq_log_ratio", seq),
+            ("sum_seq_log_ratio2", seq**2),
+            ("sum_len_k_x_seq_log_ratio", x * seq),
+            ("num_truncated", truncated[i]),
+        ):
             row[column] += value
         if not math.isnan(rewards[i]):
             row["sum_reward"] += rewards[i]
@@ -123,7 +136,9 @@ def test_sums_equal_a_token_by_token_reference():
             row["num_rewarded"] += 1
     assert sums["prompt_id"].tolist() == list(dict.fromkeys(ids))
     for column in mm.PROMPT_SUM_COLUMNS[1:]:
-        np.testing.assert_allclose(sums[column], [want[p][column] for p in sums["prompt_id"]], rtol=1e-9, atol=1e-12, err_msg=column)
+        np.testing.assert_allclose(
+            sums[column], [want[p][column] for p in sums["prompt_id"]], rtol=1e-9, atol=1e-12, err_msg=column
+        )
 
 
 def test_sums_do_not_depend_on_how_rollouts_are_ordered_split_or_merged():
@@ -157,7 +172,9 @@ def test_slope_from_sums_equals_polyfit(base, spread):
 
 
 def test_what_cannot_be_estimated_is_none():
-    equal_lengths = mm.estimates(mm.prompt_sums(["a", "a", "b"], [333] * 3, np.full(999, -1.0), np.linspace(-1.1, -0.9, 999)))
+    equal_lengths = mm.estimates(
+        mm.prompt_sums(["a", "a", "b"], [333] * 3, np.full(999, -1.0), np.linspace(-1.1, -0.9, 999))
+    )
     assert equal_lengths["seq_slope_nats_per_1k_tokens"] is None and equal_lengths["seq_intercept_nats"] is None
     assert equal_lengths["reward_mean"] is None
     empty = mm.estimates(mm.concat_sums([]))
@@ -165,7 +182,11 @@ def test_what_cannot_be_estimated_is_none():
     no_gap = mm.estimates(mm.prompt_sums(["a"], [1], np.array([-1.0]), np.array([-1.0])))
     assert no_gap["k3_nats_per_token"] == 0.0 and no_gap["k3_top_token_share"] is None
     only_empty = mm.estimates(mm.prompt_sums(["a"], [0], np.zeros(0), np.zeros(0)))
-    assert only_empty["k3_nats_per_token"] is None and only_empty["prob_diff_max"] is None and only_empty["response_tokens_mean"] == 0
+    assert (
+        only_empty["k3_nats_per_token"] is None
+        and only_empty["prob_diff_max"] is None
+        and only_empty["response_tokens_mean"] == 0
+    )
     assert set(mm.token_statistics(np.zeros(0), np.zeros(0), []).values()) == {None}
 
 
@@ -185,21 +206,26 @@ def test_overflow_is_infinite_in_its_own_row_only():
     assert sums["sum_reverse_k3"][0] == math.inf and sums["sum_mult_prob_error"][0] == math.inf
     assert all(np.isfinite(sums[c][1]) for c in mm.PROMPT_SUM_COLUMNS[1:])
     e = mm.estimates(sums)
-    assert e["reverse_k3_nats_per_token"] == math.inf and e["k3_nats_per_token"] == pytest.approx((999 + mm.k3(-0.1)) / 2)
+    assert e["reverse_k3_nats_per_token"] == math.inf and e["k3_nats_per_token"] == pytest.approx(
+        (999 + mm.k3(-0.1)) / 2
+    )
     up = mm.prompt_sums(["a"], [1], np.array([-1000.0]), np.array([-1.0]))
     assert up["sum_k3"][0] == math.inf and up["max_prob_diff"][0] == pytest.approx(math.exp(-1))
 
 
-@pytest.mark.parametrize("args", [
-    (["a"], [2], np.zeros(2), np.zeros(3)),
-    (["a"], [3], np.zeros(2), np.zeros(2)),
-    (["a", "b"], [2], np.zeros(2), np.zeros(2)),
-    (["a"], [2], np.zeros(2), np.zeros(2), [1.0, 0.0]),
-    (["a"], [2], np.zeros(2), np.zeros(2), [math.inf]),
-    (["a"], [2], np.zeros(2), np.zeros(2), None, [True, False]),
-    (["a", "b"], [3, -1], np.zeros(2), np.zeros(2)),
-    (["a"], [2], np.zeros((1, 2)), np.zeros((1, 2))),
-])
+@pytest.mark.parametrize(
+    "args",
+    [
+        (["a"], [2], np.zeros(2), np.zeros(3)),
+        (["a"], [3], np.zeros(2), np.zeros(2)),
+        (["a", "b"], [2], np.zeros(2), np.zeros(2)),
+        (["a"], [2], np.zeros(2), np.zeros(2), [1.0, 0.0]),
+        (["a"], [2], np.zeros(2), np.zeros(2), [math.inf]),
+        (["a"], [2], np.zeros(2), np.zeros(2), None, [True, False]),
+        (["a", "b"], [3, -1], np.zeros(2), np.zeros(2)),
+        (["a"], [2], np.zeros((1, 2)), np.zeros((1, 2))),
+    ],
+)
 def test_shapes_that_disagree_are_an_error(args):
     with pytest.raises(ValueError):
         mm.prompt_sums(*args)
@@ -230,12 +256,19 @@ def test_effective_sample_size_survives_huge_weights_and_shows_collapse():
     assert stats["effective_sample_size"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("by, edges", [("position", [0, 5, 10, np.inf]), ("length", [0, 10, 20, 40]), ("probability", [0, 0.1, 0.5, 1.0]),
-                                       ("entropy", [0, 0.5, 1.0])])
+@pytest.mark.parametrize(
+    "by, edges",
+    [
+        ("position", [0, 5, 10, np.inf]),
+        ("length", [0, 10, 20, 40]),
+        ("probability", [0, 0.1, 0.5, 1.0]),
+        ("entropy", [0, 0.5, 1.0]),
+    ],
+)
 def test_resolved_bins_partition_the_total(by, edges):
     _, lengths, log_mu, log_pi, _, _ = rollouts(6)
     entropies = np.random.default_rng(0).random(log_mu.size)
-    rows = mm.resolved(log_mu, log_pi, lengths, by, edges, entropies)
+    rows = resolved(log_mu, log_pi, lengths, by, edges, entropies)
     assert sum(row["num_tokens"] for row in rows) == log_mu.size
     total = sum(row["num_tokens"] * row["k3_nats_per_token"] for row in rows if row["num_tokens"])
     assert total == pytest.approx(mm.k3(log_pi - log_mu).sum())
@@ -243,35 +276,39 @@ def test_resolved_bins_partition_the_total(by, edges):
 
 def test_resolved_by_hand():
     log_mu, log_pi = np.array([HALF, HALF, TENTH]), np.array([HALF, QUARTER, TENTH])
-    first, second, last = mm.resolved(log_mu, log_pi, [2, 1], "position", [0, 1, 2, 3])
+    first, second, last = resolved(log_mu, log_pi, [2, 1], "position", [0, 1, 2, 3])
     assert (first["num_tokens"], second["num_tokens"], last["num_tokens"]) == (2, 1, 0)
-    assert second["k3_nats_per_token"] == pytest.approx(math.log(2) - 0.5) and second["prob_diff_mean"] == pytest.approx(0.25)
+    assert second["k3_nats_per_token"] == pytest.approx(math.log(2) - 0.5) and second[
+        "prob_diff_mean"
+    ] == pytest.approx(0.25)
     assert first["prob_diff_mean"] == 0.0 and last["k3_nats_per_token"] is None
-    low, high = mm.resolved(log_mu, log_pi, [2, 1], "probability", [0, 0.5, 1])  # 0.5 belongs to the upper bin
+    low, high = resolved(log_mu, log_pi, [2, 1], "probability", [0, 0.5, 1])  # 0.5 belongs to the upper bin
     assert (low["num_tokens"], high["num_tokens"]) == (1, 2)
 
 
-@pytest.mark.parametrize("by, edges", [("position", [0, 1]), ("width", [0, 1]), ("length", [3, 1]), ("entropy", [0, 1])])
+@pytest.mark.parametrize(
+    "by, edges", [("position", [0, 1]), ("width", [0, 1]), ("length", [3, 1]), ("entropy", [0, 1])]
+)
 def test_resolved_refuses_lost_tokens_and_unknown_properties(by, edges):
     with pytest.raises(ValueError):
-        mm.resolved(np.full(4, -1.0), np.full(4, -1.0), [4], by, edges)
+        resolved(np.full(4, -1.0), np.full(4, -1.0), [4], by, edges)
 
 
 def test_full_vocabulary_kl_by_hand_and_at_machine_precision():
     mu, pi = np.array([[0.7, 0.2, 0.1], [1.0, 0.0, 0.0]]), np.array([[0.5, 0.4, 0.1], [0.5, 0.25, 0.25]])
     with np.errstate(divide="ignore"):
-        kl = mm.full_vocabulary_kl(np.log(mu), np.log(pi))
-        assert mm.full_vocabulary_kl(np.log(pi), np.log(mu))[1] == math.inf
+        kl = full_vocabulary_kl(np.log(mu), np.log(pi))
+        assert full_vocabulary_kl(np.log(pi), np.log(mu))[1] == math.inf
     assert kl == pytest.approx([0.7 * math.log(1.4) + 0.2 * math.log(0.5), math.log(2)])
     log_mu = np.log(np.full((1, 4), 0.25))
     shifted = log_mu + 1e-6 * np.array([[1, -1, 1, -1]])
-    assert mm.full_vocabulary_kl(log_mu, shifted)[0] == pytest.approx(5e-13, rel=1e-4)
-    assert mm.full_vocabulary_kl(log_mu, log_mu)[0] == 0.0
+    assert full_vocabulary_kl(log_mu, shifted)[0] == pytest.approx(5e-13, rel=1e-4)
+    assert full_vocabulary_kl(log_mu, log_mu)[0] == 0.0
 
 
 def test_full_vocabulary_kl_refuses_logits():
     with pytest.raises(ValueError, match="logits"):
-        mm.full_vocabulary_kl(np.array([[3.0, 1.0]]), np.array([[3.0, 1.0]]))
+        full_vocabulary_kl(np.array([[3.0, 1.0]]), np.array([[3.0, 1.0]]))
 
 
 def test_every_estimate_has_a_row_in_the_table():
@@ -286,6 +323,8 @@ def test_every_estimate_has_a_row_in_the_table():
 
 
 def test_the_series_of_an_rl_run_are_known():
-    series = ("reward_mean grad_norm loss_scale step_skipped clip_fraction importance_weight_mean importance_weight_max "
-              "effective_sample_size entropy_nats sync_probe_k3 t_sample_s t_score_s t_train_s t_sync_s t_rest_s").split()
+    series = (
+        "reward_mean grad_norm loss_scale step_skipped clip_fraction importance_weight_mean importance_weight_max "
+        "effective_sample_size entropy_nats sync_probe_k3 t_sample_s t_score_s t_train_s t_sync_s t_rest_s"
+    ).split()
     assert set(series) <= set(mm.ESTIMANDS)

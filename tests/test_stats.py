@@ -14,7 +14,10 @@ def test_t_interval_by_hand():
     # 1, 2, 3: mean 2, sd 1, half width t * 1/sqrt(3)
     interval = stats.student_t_interval([1, 2, 3])
     assert interval.estimate == pytest.approx(2.0)
-    assert (interval.lo, interval.hi) == (pytest.approx(2 - T_90_3 / math.sqrt(3)), pytest.approx(2 + T_90_3 / math.sqrt(3)))
+    assert (interval.lo, interval.hi) == (
+        pytest.approx(2 - T_90_3 / math.sqrt(3)),
+        pytest.approx(2 + T_90_3 / math.sqrt(3)),
+    )
     assert (interval.method, interval.num) == ("student_t", 3)
 
 
@@ -34,9 +37,19 @@ def test_logit_scale_makes_zero_and_one_finite_and_gives_the_rate_back():
         assert stats.from_scale(x, "logit", 20) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("values, scale", [([1.0], "identity"), ([], "identity"), ([2.0, 2.0, 2.0], "identity"), ([1.0, 0.0], "log"),
-                                           ([1.0, -2.0], "log"), ([0.5, 1.0], "logit"), ([1.0, math.nan], "identity"),
-                                           ([0.1 + 0.2, 0.3], "identity")])
+@pytest.mark.parametrize(
+    "values, scale",
+    [
+        ([1.0], "identity"),
+        ([], "identity"),
+        ([2.0, 2.0, 2.0], "identity"),
+        ([1.0, 0.0], "log"),
+        ([1.0, -2.0], "log"),
+        ([0.5, 1.0], "logit"),
+        ([1.0, math.nan], "identity"),
+        ([0.1 + 0.2, 0.3], "identity"),
+    ],
+)
 def test_too_little_data_is_none(values, scale):
     assert stats.student_t_interval(values, scale=scale) is None
 
@@ -56,7 +69,10 @@ def test_t_interval_covers_as_stated(n):
 
 
 def test_launches_that_agree_exactly_fall_back_to_the_within_launch_interval():
-    within = [stats.Interval(0.5, 0.4, 0.6, "prompt_bootstrap", 10), stats.Interval(0.5, 0.45, 0.7, "prompt_bootstrap", 10)]
+    within = [
+        stats.Interval(0.5, 0.4, 0.6, "prompt_bootstrap", 10),
+        stats.Interval(0.5, 0.45, 0.7, "prompt_bootstrap", 10),
+    ]
     interval = stats.launch_interval([0.5, 0.5], within)
     assert (interval.lo, interval.hi, interval.method) == (0.4, 0.7, "within_run")
     assert stats.launch_interval([0.5, 0.5], [within[0], None]) is None
@@ -100,7 +116,9 @@ def test_bootstrap_equals_recomputing_each_resample():
     rng = np.random.default_rng(2)
     lengths = rng.integers(5, 60, 30)
     log_mu = np.full(lengths.sum(), -1.0)
-    sums = mismatch.prompt_sums([str(i % 10) for i in range(30)], lengths, log_mu, log_mu + rng.normal(0, 0.1, log_mu.size))
+    sums = mismatch.prompt_sums(
+        [str(i % 10) for i in range(30)], lengths, log_mu, log_mu + rng.normal(0, 0.1, log_mu.size)
+    )
     slope = lambda t: mismatch.estimates_of_totals(t)["seq_slope_nats_per_1k_tokens"]  # noqa: E731
     columns = {c: sums[c] for c in mismatch.SUMS}
     interval = stats.prompt_bootstrap([columns], slope, num_resamples=50, seed=3)
