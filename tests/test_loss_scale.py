@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from suite.trainers.loss_scale import LossScaler
 
@@ -128,7 +130,7 @@ def test_a_scaled_fp16_loss_is_not_cast_back_to_fp16():
 
 
 def test_disabled_is_the_identity_but_still_counts_skips():
-    scaler = LossScaler(enabled=False)
+    scaler = LossScaler(enabled=False, min_scale=0.25)
     loss, parameter = torch.tensor(3.0), parameter_with_grad(1.5)
     assert scaler.scale(loss) is loss and scaler.scale_value == 1.0
     assert not scaler.unscale_and_check([parameter]) and parameter.grad.item() == 1.5
@@ -202,9 +204,21 @@ def test_a_state_of_other_settings_or_with_missing_keys_is_refused():
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
+def sharded_parameter(*values):
+    """Its gradient is a DTensor as under FSDP2, split over the ranks; three values on two ranks, so unevenly."""
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = torch.nn.Parameter(distribute_tensor(torch.zeros(len(values)), mesh, [Shard(0)]))
+    parameter.grad = distribute_tensor(torch.tensor(values), mesh, [Shard(0)])
+    return parameter
+
+
 def check_agreement(rank, store):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     try:
+        parameter, scaler = sharded_parameter(2.0, 4.0, -6.0), LossScaler(init_scale=2)
+        assert scaler.unscale_and_check([parameter]) is False and scaler.max_abs_scaled_grad == 6.0
+        assert parameter.grad.full_tensor().tolist() == [1.0, 2.0, -3.0]
+        assert LossScaler().unscale_and_check([sharded_parameter(2.0, 4.0, math.inf)]) is True
         for bad, expected in ((math.nan, True), (math.inf, True), (5.0, False)):
             scaler = LossScaler(init_scale=2)
             parameters = [parameter_with_grad(bad)] if rank == 1 else []  # rank 0 holds no gradient at all

@@ -302,7 +302,15 @@ def test_more_padding_changes_nothing(name):
     batch = make_batch()
     wider = {k: torch.cat([batch[k], torch.full((24, 4), -7.0).double()], 1) for k in ("new", "old", "mu")}
     wider["loss_mask"] = torch.cat([batch["loss_mask"], torch.zeros(24, 4, dtype=torch.bool)], 1)
-    torch.testing.assert_close(run(name, batch | wider)[1][:, :-4], run(name, batch)[1])
+    low_cap = {"cap": 0.5} if ALGORITHMS[name].correction != "none" else {}  # below 1, the weight of an empty position
+    (output, gradient), (padded, wide_gradient) = run(name, batch, **low_cap), run(name, batch | wider, **low_cap)
+    torch.testing.assert_close(wide_gradient[:, :-4], gradient)
+    assert padded.metrics == pytest.approx(output.metrics) and not wide_gradient[:, -4:].any()
+
+
+def test_the_rows_own_aggregation_length_wins_over_the_response_budget():
+    batch = make_batch()
+    torch.testing.assert_close(run("GRPO", batch, aggregation_length=4)[1], run("GRPO", batch)[1] * LENGTH_NORM / 4)
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------
@@ -378,14 +386,14 @@ def test_a_value_that_is_not_finite_under_the_mask_is_not_hidden(name, bad):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_logprobs_are_summed_in_fp32(dtype):
-    """4,096 tokens of log-ratio 2^-12 sum to 1; in 16 bits the sum would stall far below."""
-    new = torch.full((1, 4096), -1.0, dtype=dtype)
-    mu = torch.full((1, 4096), -1.0 - 2**-12)
+    """160 tokens of log-ratio 2^-7 sum to 1.25; weights and loss come out in fp32, not rounded to 16 bits again."""
+    new, mu = torch.full((1, 160), -1.0, dtype=dtype), torch.full((1, 160), -1.0 - 2**-7, dtype=dtype)
     batch = {"new": new, "old": new, "mu": mu, "advantages": torch.ones(1)}
-    batch["loss_mask"] = torch.ones(1, 4096, dtype=torch.bool)
+    batch["loss_mask"] = torch.ones(1, 160, dtype=torch.bool)
     output = run("PG-Seq-IS", batch)[0]
     assert output.loss.dtype == torch.float32
-    assert output.metrics["importance_weight_max"] == pytest.approx(math.e, rel=1e-5)
+    assert output.loss.item() == pytest.approx(math.exp(1.25) * 160 / LENGTH_NORM, rel=1e-6)
+    assert output.metrics["importance_weight_max"] == pytest.approx(math.exp(1.25), rel=1e-6)
 
 
 # --- what the metrics say --------------------------------------------------------------------------------------------
@@ -405,6 +413,8 @@ def test_metrics_by_hand():
     assert run("PG-Seq-TIS", batch)[0].metrics == pytest.approx(tis)
     grpo = raw | unclipped | {"clip_fraction": 2 / 3}  # r = 2 on two of three tokens, A > 0
     assert run("GRPO", batch)[0].metrics == pytest.approx(grpo), "a row without a weight reports no correction"
+    negative = batch | {"advantages": -batch["advantages"]}  # r = 2 with A < 0 is not held by the clip
+    assert run("GRPO", negative)[0].metrics == pytest.approx(raw | unclipped)
 
 
 # --- advantages ------------------------------------------------------------------------------------------------------
