@@ -70,8 +70,8 @@ _ROWS = (
     # sequence level
     Estimand("seq_kl_k1_nats", "mean over sequences of sum_t -r_t", NATS_SEQ, ANY, "identity",
              ("paper figure 5 KL[mu|pi]",)),
-    Estimand("seq_slope_nats_per_1k_tokens", "least-squares slope, with intercept, of sum_t r_t on T_i/1000", "nats/1k tokens",
-             ANY, "identity", ("paper figure 5 slope",)),
+    Estimand("seq_slope_nats_per_1k_tokens", "least-squares slope, with intercept, of sum_t r_t on T_i/1000",
+             "nats/1k tokens", ANY, "identity", ("paper figure 5 slope",)),
     Estimand("seq_intercept_nats", "intercept of that line", NATS_SEQ, ANY, "identity"),
     Estimand("seq_log_ratio_max", "max over sequences of sum_t r_t", NATS_SEQ, ANY, "identity"),
     Estimand("seq_log_ratio_min", "min over sequences of sum_t r_t", NATS_SEQ, ANY, "identity"),
