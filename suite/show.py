@@ -184,10 +184,9 @@ def print_verdict(verdict: dict) -> None:
         )  # fmt: skip
     console.print(table)
     for control in verdict["controls"]:
-        name = control.get("id") or control.get("name")
-        text = f"{number_text(control.get('estimate'))} in {region_text(control.get('accept'))}"
-        console.print(escape(f"{name}: {text}; {control.get('verdict') or ('holds' if control.get('holds') else 'broken')}"))
-    console.print(f"\n{verdict['task']} on {escape(verdict['fingerprint'])}: {_coloured(verdict['verdict'])}. {escape(verdict.get('reason') or '')}")
+        mark = {"holds": "[green]holds[/]", "broken": "[red]broken[/]"}.get(control["outcome"], control["outcome"])
+        console.print(f"{escape(control['name'])}: {mark}; {escape(control['reason'] or '')}")
+    console.print(f"\n{verdict['task']} on {escape(verdict['fingerprint'] or 'no machine')}: {_coloured(verdict['verdict'])}. {escape(verdict.get('reason') or '')}")
 
 
 def contrast_text(contrast: Contrast) -> str:

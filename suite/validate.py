@@ -6,6 +6,7 @@ tolerance that is only judgement. No torch.
 
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from suite.errors import TaskError
@@ -72,7 +73,8 @@ def contrast_range(level: tuple[float, float], contrast: Contrast, reducer: str 
 
 
 def _echoes(key: str, left_out: list[str]) -> bool:
-    return any(key == gone or key.startswith(gone + ".") or gone.startswith(key + ".") for gone in left_out)
+    related = (key == gone or key.startswith(gone + ".") or gone.startswith(key + ".") for gone in left_out)
+    return any(related) or any(key.endswith("." + gone) for gone in left_out)  # a section's key, seen again in every arm
 
 
 def _resolution_errors(task: Task) -> list[TaskError]:
@@ -275,10 +277,16 @@ def _needs_errors(task: Task) -> list[TaskError]:
     return errors
 
 
+@lru_cache(maxsize=4)
+def _baselines(path: Path, modified_ns: int) -> tuple[object, list[TaskError]]:
+    """The file of the paper's numbers, read once for all claims as long as it does not change."""
+    return read_yaml(path)
+
+
 def _baseline_errors(task: Task, claim: Claim) -> list[TaskError]:
     """The dotted key must exist in baselines/paper.yaml, and where both give a number it must be the same one."""
     path = base_folder(task.file).parent.parent / "baselines" / "paper.yaml"
-    value, problems = read_yaml(path)
+    value, problems = _baselines(path, path.stat().st_mtime_ns if path.is_file() else 0)
     if problems:
         return problems
     for part in claim.paper.baseline.split("."):

@@ -83,7 +83,10 @@ def run(args) -> int:
         print(f"{task.id}: nothing selected")
         return EXIT_NOTHING
     _check_machine(task)
-    return _run_cells(args, task, cells)
+    code = _run_cells(args, task, cells)
+    if not code:
+        print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
+    return code
 
 
 def grade(args) -> int:
@@ -227,6 +230,9 @@ def _grade_records(task: Task, runs_dir: Path):
         return None, None
     verdicts = grade_by_fingerprint(task, runs, needed or None)
     newest = max(runs or [run for found in needed.values() for run in found], key=lambda run: str(run.record.get("started_utc")))
+    for fingerprint, other in verdicts.items():
+        if fingerprint != newest.fingerprint:
+            print(f"also recorded on {fingerprint}: {other['verdict']}; shown below is {newest.fingerprint}")
     verdict = verdicts[newest.fingerprint]
     return verdict, write_verdict(verdict, runs_dir)
 

@@ -1,0 +1,256 @@
+"""The command line: quick help, work without engines, exit codes, and the VERDICT line at the end of `reproduce`."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from suite import cli, verbs
+from suite.errors import DataError, NotRunnable, UserError
+from suite.plan import plan
+from suite.task import load_task
+from test_task import GOOD, checkout  # noqa: F401  (a fixture)
+
+REPO = Path(__file__).resolve().parents[1]
+VERDICT = {
+    "task": "tiny", "verdict": "FAIL", "reason": "one claim fails", "fingerprint": "cpu-test", "controls": [],
+    "claims": [
+        {"id": "C1-k3", "kind": "ratio", "verdict": "FAIL", "estimate": 2.0, "interval": [1.5, 2.5], "accept": [16, None],
+         "paper_value": 64, "num_seeds": 3, "reason": "disjoint"},
+    ],
+}  # fmt: skip
+
+
+def run_suite(*words: str, prelude: str = "", cwd: Path = REPO) -> subprocess.CompletedProcess:
+    """`suite WORDS` in a process of its own."""
+    code = f"{prelude}\nimport sys\nfrom suite.cli import main\nsys.exit(main({list(words)!r}))"
+    environ = {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "200"}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environ, capture_output=True, text=True, check=False)
+
+
+def test_help_answers_within_half_a_second():
+    times = []
+    for _ in range(3):  # the fastest of three: other processes may hold the core
+        start = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-m", "suite", "--help"], cwd=REPO, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5 and "reproduce" in shown.stdout
+
+
+def test_help_imports_nothing_heavy():
+    prelude = "import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({'numpy', 'pydantic', 'yaml', 'rich', 'torch'} & set(sys.modules))))"
+    assert run_suite("--help", prelude=prelude).stdout.rstrip().endswith("HEAVY []")
+
+
+# Imports that a laptop without engines does not have.
+NO_ENGINES = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "vllm", "transformers", "datasets"}:
+            raise ImportError(f"{name} is not importable here")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "codes"),
+    [
+        (("list",), {0}), (("list", "--json"), {0}), (("show", "desk-offline-mismatch"), {0}), (("show", "C1"), {0}), (("validate",), {0}),
+        (("plan", "desk-offline-mismatch"), {0}), (("grade", "desk-offline-mismatch", "--runs", "no-such-folder"), {14}),
+        (("report", "--check"), {0, 1}), (("verify",), {0, 1, 14}),
+    ],
+)  # fmt: skip
+def test_reading_verbs_work_without_engines(words, codes):
+    found = run_suite(*words, prelude=NO_ENGINES)
+    assert found.returncode in codes, found.stdout[-500:] + found.stderr[-2000:]
+    assert "Traceback" not in found.stderr
+
+
+def test_the_refusing_hook_really_refuses():
+    assert "not importable here" in run_suite("list", prelude=NO_ENGINES + "import torch").stderr
+
+
+def test_list_as_json_is_one_row_per_task(checkout, capsys):  # noqa: F811
+    checkout()
+    assert cli.main(["list", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["id"], row["tier"], row["claims"], row["num_cells"], row["num_graded"]) == ("tiny", "desk", ["C1"], 14, 1)
+    assert cli.main(["list", "--tier", "paper", "--json"]) == 14
+
+
+def test_validate_prints_each_error_on_a_line_and_exits_2(checkout, capsys):  # noqa: F811
+    path = checkout(("max_tokens: 64", "max_tokens: 1e-6"), ("metrics: [k3", "metrics: [k9"))
+    assert cli.main(["validate", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") and "tiny.yaml" in line for line in lines)
+
+
+@pytest.mark.parametrize("verb", ["show", "plan", "run", "grade", "reproduce", "publish"])
+def test_no_verb_takes_a_bad_task_and_none_shows_a_traceback(checkout, capsys, verb):  # noqa: F811
+    checkout(("accept: [16, 128]", "accept: [0, null]"))
+    assert cli.main([verb, "tiny"]) == 2
+    shown = capsys.readouterr().err
+    assert "grade.C1-k3.accept" in shown and "Traceback" not in shown
+
+
+def test_an_unknown_task_is_answered_with_those_there_are(checkout, capsys):  # noqa: F811
+    checkout()
+    assert cli.main(["plan", "tini"]) == 2
+    assert "there are: tiny" in capsys.readouterr().err
+
+
+def test_an_unknown_verb_or_flag_is_bad_usage():
+    for words in (["bake"], ["run"], ["run", "tiny", "--seeds", "x"], ["run", "tiny", "--limit", "0"], []):
+        with pytest.raises(SystemExit) as left:
+            cli.main(words)
+        assert left.value.code == 2
+
+
+@pytest.fixture
+def machine(checkout, monkeypatch):  # noqa: F811
+    """The tiny task on a machine that can run it, where running and grading are replaced; `calls` says in which order they came."""
+    checkout()
+    calls = []
+    monkeypatch.setattr(verbs, "_check_machine", lambda task: calls.append("doctor"))
+    monkeypatch.setattr(verbs, "_run_cells", lambda args, task, cells: calls.append(f"run {len(cells)}") or 0)
+    monkeypatch.setattr(verbs, "_grade_records", lambda task, runs_dir: calls.append("grade") or (VERDICT, Path("runs/tiny/verdict.json")))
+    return calls
+
+
+def test_reproduce_checks_runs_grades_and_ends_with_the_verdict_line(machine, capsys):
+    assert cli.main(["reproduce", "tiny"]) == 1  # FAIL
+    assert machine == ["doctor", "run 14", "grade"]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "VERDICT task=tiny verdict=FAIL claims=0/1 verdict_file=runs/tiny/verdict.json"
+
+
+def test_a_limited_run_is_never_graded(machine, capsys):
+    assert cli.main(["reproduce", "tiny", "--limit", "2"]) == 12
+    assert "grade" not in machine
+    assert capsys.readouterr().out.splitlines()[-1] == "VERDICT task=tiny verdict=NOT_RUN claims=0/1 verdict_file=-"
+
+
+def raising(problem):
+    def call(*args):
+        raise problem
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "verdict", "words"),
+    [
+        (NotRunnable("needs 1 GPU with 40 GiB"), 12, "NOT_RUN", "needs 1 GPU with 40 GiB"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 11, "ERROR", "cannot write runs/x: No space left on device"),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), 11, "ERROR", "cannot write runs/x: Read-only file system"),
+        (KeyboardInterrupt(), 130, "ERROR", "the same command goes on from here"),
+        (RuntimeError("the engine died"), 11, "ERROR", "Traceback"),
+        (UserError("another process is running this cell"), 2, None, "another process"),
+        (DataError("x.parquet: sha256 differs"), 2, None, "sha256 differs"),
+    ],
+)
+def test_what_goes_wrong_in_a_run_has_its_exit_code_and_its_words(machine, monkeypatch, capsys, problem, code, verdict, words):
+    monkeypatch.setattr(verbs, "_run_cells", raising(problem))
+    assert cli.main(["reproduce", "tiny"]) == code
+    shown = capsys.readouterr()
+    assert words in shown.err and ("Traceback" in shown.err) == isinstance(problem, RuntimeError)
+    if verdict:
+        assert shown.out.splitlines()[-1] == f"VERDICT task=tiny verdict={verdict} claims=0/1 verdict_file=-"
+
+
+def test_a_task_that_needs_a_gpu_is_not_run_without_one(checkout, monkeypatch, capsys):  # noqa: F811
+    from suite import environment
+
+    checkout(("gpus: 0, gpu_mem_gib: 0", "gpus: 1, gpu_mem_gib: 40"), ("cpu_ok: true", "cpu_ok: false"))
+    monkeypatch.setattr(environment, "list_gpus", list)
+    assert cli.main(["reproduce", "tiny"]) == 12
+    shown = capsys.readouterr()
+    assert "GPU" in shown.err and "40 GiB" in shown.err and "Traceback" not in shown.err
+    assert shown.out.splitlines()[-1] == "VERDICT task=tiny verdict=NOT_RUN claims=0/1 verdict_file=-"
+
+
+def test_a_runs_folder_that_is_a_file_is_a_clear_error(checkout, monkeypatch, capsys, tmp_path):  # noqa: F811
+    from suite import protocols
+
+    checkout()
+    (tmp_path / "occupied").write_text("")
+    monkeypatch.setattr(verbs, "_check_machine", lambda task: None)
+    monkeypatch.setattr(protocols, "run_task", lambda *args, runs_dir, **flags: (runs_dir / "x").mkdir(parents=True))
+    assert cli.main(["run", "tiny", "--runs-dir", str(tmp_path / "occupied")]) == 11
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_grade_without_records_says_so(checkout, capsys):  # noqa: F811
+    checkout()
+    assert cli.main(["grade", "tiny", "--runs", "empty"]) == 14
+    assert "nothing recorded below empty" in capsys.readouterr().out
+
+
+def test_runs_go_where_the_variable_says(monkeypatch):
+    assert str(cli.build_parser().parse_args(["run", "t"]).runs_dir) == "runs"
+    monkeypatch.setenv("RUNS_DIR", "elsewhere")
+    assert str(cli.build_parser().parse_args(["run", "t"]).runs_dir) == "elsewhere"
+    assert str(cli.build_parser().parse_args(["run", "t", "--out", "here"]).runs_dir) == "here"
+
+
+def test_select_narrows_arms_and_seeds_and_keeps_controls(checkout):  # noqa: F811
+    task = load_task(checkout())
+    assert len(verbs.select(task)) == len(plan(task)) == 14
+    assert {(cell.arm, cell.seed) for cell in verbs.select(task, seeds=[1])} == {("bf16", 1), ("fp16", 1), ("control-aa", 10), ("control-aa", 11)}
+    assert {cell.arm for cell in verbs.select(task, arms=["fp16"])} == {"fp16"}
+    with pytest.raises(UserError, match="has no seed 7; it has 0, 1, 2"):
+        verbs.select(task, seeds=[0, 7])
+    with pytest.raises(UserError, match="no arm 'fp8'"):
+        verbs.select(task, arms=["fp8"])
+
+
+def test_processes_are_started_with_the_same_choice_of_cells(checkout, monkeypatch):  # noqa: F811
+    checkout()
+    started = []
+    monkeypatch.setattr(verbs, "_check_machine", lambda task: None)
+    monkeypatch.setattr(verbs.subprocess, "run", lambda command, check: started.append(command) or subprocess.CompletedProcess(command, 3))
+    monkeypatch.delenv("RANK", raising=False)
+    words = ["run", "tiny", "--nproc", "2", "--seeds", "0,1", "--arm", "bf16", "--limit", "4", "--fresh"]
+    assert cli.main(words) == 11  # the launcher failed
+    assert "--nproc-per-node 2" in " ".join(started[0])
+    assert " ".join(started[0]).endswith("-m suite run tiny --runs-dir runs --seeds 0,1 --arm bf16 --limit 4 --fresh")
+    cli.main(["run", "tiny", "--launcher", "srun -n 8"])
+    assert started[1][:4] == ["srun", "-n", "8", sys.executable]
+
+
+def test_show_and_plan_print_what_is_graded(checkout, capsys, monkeypatch):  # noqa: F811
+    checkout()
+    monkeypatch.setattr(verbs, "_design_power", lambda task: {"C1-k3": {"p_pass_if_true": 0.93, "p_fail_if_null": None}})
+    assert cli.main(["show", "tiny"]) == 0
+    shown = capsys.readouterr().out
+    assert "k3_nats_per_token of bf16 / fp16 at num_terms=4-24; accepted in [16, 128], at least 3 seeds" in shown
+    assert cli.main(["plan", "tiny"]) == 0
+    shown = capsys.readouterr().out
+    assert "bf16.num_terms=60-120.s2" in shown and "0.93" in shown and "-" in shown
+
+
+def test_show_of_a_claim_gives_the_papers_value_and_published_verdicts(checkout, capsys):  # noqa: F811
+    checkout()
+    folder = Path("results/tiny/cpu-test")
+    folder.mkdir(parents=True)
+    (folder / "verdict.json").write_text(json.dumps(VERDICT))
+    assert cli.main(["show", "c1"]) == 0
+    shown = capsys.readouterr().out
+    assert "ratio: 64" in shown and "cpu-test" in shown and "[1.5, 2.5]" in shown and "FAIL" in shown
+    assert cli.main(["show", "C9"]) == 2
+
+
+def test_a_line_for_each_step_where_there_is_no_terminal(capsys):
+    from suite.progress import Progress
+
+    with Progress(num_cells=2) as progress:
+        progress("bf16.s0", 1, 2, note="k3 1e-4")
+        progress("bf16.s0", 2, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("[0/2 cells") and lines[0].endswith("bf16.s0 1/2 k3 1e-4") and lines[1].startswith("[1/2 cells")
