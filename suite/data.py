@@ -3,10 +3,10 @@
     desk family        generated from a seed (suite.desk.problems); nothing to read
     published files    Parquet at data.path, else in the folder SUITE_DATA_DIR, else on the hub under data.id
 
-A file's sha256 is checked before it is opened, its counts after; a difference is a DataError that shows both sides. Both
-layouts of the authors' files are understood: VeRL (`prompt`, `reward_model.ground_truth`) and OAT (`problem`, `answer`).
-Copies of a problem are kept once, in the order of first appearance. The same settings and seed give the same prompts.
-No torch.
+A file's sha256 is checked before it is opened, its counts after; a difference is a DataError that shows both sides.
+Both layouts of the authors' files are understood: VeRL (`prompt`, `reward_model.ground_truth`) and OAT (`problem`,
+`answer`). Copies of a problem are kept once, in the order of first appearance. The same settings and seed give the same
+prompts. No torch.
 """
 
 import hashlib

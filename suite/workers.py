@@ -67,9 +67,8 @@ def worker_main(cpu_seconds: float) -> None:
     import logging
     import resource
 
-    import math_verify  # noqa: F401  an import error shows on the caller's stderr, before any answer is judged
-
     logging.disable(logging.CRITICAL)
+    equivalent("1/2", "0.5")  # loads math-verify and its grammar: an error shows on the caller's stderr, no answer waits
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     hard_cpu = resource.getrlimit(resource.RLIMIT_CPU)[1]

@@ -1,0 +1,183 @@
+"""Protocol `dataset`: is a published problem set what the paper says it is, and can every one of its answers be graded?
+
+Read the file (hash checked), count rows, problems and copies, give every gold answer to math-verify, measure prompt
+lengths: one row of metrics. Runs on a CPU, without torch. Lengths in tokens only where the model's tokenizer.json is on
+this machine.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from suite.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
+from suite.estimands import Estimand
+from suite.record import Run
+from suite.workers import Workers, boxed
+
+PROMPT_LIMIT_TOKENS = 1024  # the prompt limit of the sanity test, in VeRL and in OAT
+INF = float("inf")
+
+
+def _count(name: str, formula: str, unit: str) -> Estimand:
+    return Estimand(name, formula, unit, (0.0, INF), "identity")
+
+
+DATASET_ESTIMANDS: dict[str, Estimand] = {
+    row.name: row
+    for row in (
+        _count("num_files_pinned", "files whose sha256 is the one the task names", "files"),
+        _count("num_rows", "rows of all files", "rows"),
+        _count("num_unique", "distinct (problem, gold answers)", "problems"),
+        _count("num_unique_problems", "distinct problem texts", "problems"),
+        _count("copies_min", "fewest rows of one problem", "copies"),
+        _count("copies_max", "most rows of one problem", "copies"),
+        _count("num_blocks", "runs of equal consecutive rows; num_unique if copies stand together", "blocks"),
+        _count("num_parse_bare", "problems whose gold answer math-verify parses as it stands", "problems"),
+        _count("num_parse_boxed", "problems whose gold answer math-verify parses inside \\boxed{}", "problems"),
+        _count("num_parse_expression", "as num_parse_boxed, to a mathematical object and not just to text", "problems"),
+        _count("num_self_verified", "problems whose gold answer math-verify finds equal to itself", "problems"),
+        _count("gold_chars_max", "longest gold answer", "characters"),
+        _count("prompt_chars_mean", "mean length of problem and instruction", "characters"),
+        _count("prompt_chars_max", "longest problem and instruction", "characters"),
+        _count("prompt_tokens_mean", "mean length of the prompt in the R1 template", "tokens"),
+        _count("prompt_tokens_max", "longest prompt in the R1 template", "tokens"),
+        _count("num_prompts_over_limit", f"R1-template prompts of over {PROMPT_LIMIT_TOKENS} tokens", "problems"),
+    )
+}
+ESTIMANDS = DATASET_ESTIMANDS
+
+
+def run(cells: list, session) -> None:
+    """Measure the data set of every cell that has no finished run.
+
+    Raises NotRunnable where a file cannot be had (it names SUITE_DATA_DIR and the hub id), DataError where it is
+    another file: both before a run folder is opened.
+    """
+    for data in (cell.settings["data"] for cell in cells):
+        locate_checked(data)
+    for cell in cells:
+        writer = session.open_cell(cell)
+        if isinstance(writer, Run):
+            session.progress(cell.name, 1, 1, "complete already")
+            continue
+        try:
+            run_cell(cell, writer, session.progress, session.limit)
+            counts = {"num_prompts": writer.metrics[0]["num_unique"], "num_rollouts": 0, "num_response_tokens": 0}
+            writer.finish("success", counts=counts, series_summary=dict(writer.metrics[0]))
+        except BaseException as error:
+            if writer.is_open:
+                writer.fail("dataset", error)
+            raise
+
+
+def run_cell(cell, writer, progress: Callable[..., None], limit: int | None = None) -> None:
+    """Measure the data set of one cell and append one row of metrics; a cell that has its row is left alone."""
+    if writer.parts_done:
+        return
+    progress(cell.name, 0, 1)
+    model = cell.settings.get("model") or {}
+    tokenizer_file = find_tokenizer(model.get("path"), model.get("id"))
+    counts = measure_dataset(cell.settings["data"], tokenizer_file=tokenizer_file, limit=limit)
+    writer.append({"step": 0, **counts})
+    note = f"{counts['num_rows']} rows, {counts['num_unique']} problems, {counts['num_self_verified']} gradable"
+    progress(cell.name, 1, 1, note)
+
+
+def measure_dataset(
+    data: Mapping[str, Any] | Any,
+    tokenizer_file: Path | None = None,
+    limit: int | None = None,
+    num_workers: int = 2,
+    timeout_seconds: float = 30.0,
+) -> dict[str, float]:
+    """The counts of DATASET_ESTIMANDS for the files of a `data` section; token lengths only with a `tokenizer_file`.
+
+    limit: only the first so many distinct problems, with all their copies.
+    timeout_seconds: a gold answer that takes longer counts as one that cannot be graded.
+    """
+    files = locate_checked(data)
+    rows = [row for path, _ in files for row in read_rows(path)]
+    if limit is not None:
+        kept = set(list(count_copies(rows))[:limit])
+        rows = [row for row in rows if row in kept]
+    with Workers(num_workers, timeout_seconds) as workers:
+        gradable = measure_golds(list(count_copies(rows)), workers)
+    pinned = {"num_files_pinned": sum(is_pinned for _, is_pinned in files)}
+    return pinned | measure_rows(rows) | gradable | measure_tokens(rows, tokenizer_file)
+
+
+def locate_checked(data: Mapping[str, Any] | Any) -> list[tuple[Path, bool]]:
+    """Every file of a `data` section, its hash compared, and whether the task names a hash for it at all."""
+    data = as_mapping(data)
+    found = []
+    for file in data.get("files") or [{"name": None, "sha256": data.get("sha256")}]:
+        path = locate(data, file["name"])
+        check_sha256(path, file.get("sha256"))
+        found.append((path, file.get("sha256") not in (None, "unknown")))
+    return found
+
+
+def measure_rows(rows: list[Row]) -> dict[str, float]:
+    """Rows, problems, copies and lengths in characters."""
+    copies = count_copies(rows)
+    lengths = [len(row.problem + INSTRUCTION) for row in copies]
+    return {
+        "num_rows": len(rows),
+        "num_unique": len(copies),
+        "num_unique_problems": len({row.problem for row in copies}),
+        "copies_min": min(copies.values()),
+        "copies_max": max(copies.values()),
+        "num_blocks": sum(1 for _ in groupby(rows)),
+        "gold_chars_max": max(len(gold) for row in copies for gold in row.gold),
+        "prompt_chars_mean": round(statistics.fmean(lengths), 3),
+        "prompt_chars_max": max(lengths),
+    }
+
+
+def measure_golds(problems: list[Row], workers: Workers) -> dict[str, float]:
+    """How many problems math-verify can grade. With several gold answers, one that can be graded is enough."""
+    golds = sorted({gold for row in problems for gold in row.gold})
+
+    def kept(jobs: list[tuple], good: Callable[[Any], bool]) -> int:
+        results = zip(golds, workers.run(jobs), strict=True)
+        passed = {gold for gold, (status, value) in results if status == "done" and good(value)}
+        return sum(any(gold in passed for gold in row.gold) for row in problems)
+
+    in_box = [("parses", f"\\boxed{{{gold}}}") for gold in golds]
+    return {
+        "num_parse_bare": kept([("parses", gold) for gold in golds], lambda kind: kind != "nothing"),
+        "num_parse_boxed": kept(in_box, lambda kind: kind != "nothing"),
+        "num_parse_expression": kept([("parses", boxed(gold)) for gold in golds], lambda kind: kind == "expression"),
+        "num_self_verified": kept([("equivalent", gold, gold) for gold in golds], bool),
+    }
+
+
+def measure_tokens(rows: list[Row], tokenizer_file: Path | None) -> dict[str, float]:
+    """Prompt lengths in tokens of the R1 template, markup included; nothing without a tokenizer."""
+    if tokenizer_file is None:
+        return {}
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    prompts = [r1_template(row.problem) for row in count_copies(rows)]
+    lengths = [len(one.ids) for one in tokenizer.encode_batch(prompts, add_special_tokens=False)]
+    return {
+        "prompt_tokens_mean": round(statistics.fmean(lengths), 3),
+        "prompt_tokens_max": max(lengths),
+        "num_prompts_over_limit": sum(length > PROMPT_LIMIT_TOKENS for length in lengths),
+    }
+
+
+def find_tokenizer(model_path: str | None, hub_id: str | None) -> Path | None:
+    """tokenizer.json beside the weights at `model_path`, or in the local hub cache, or None. Never downloads."""
+    if model_path:
+        file = Path(model_path) / "tokenizer.json"
+        return file if file.is_file() else None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    cached = try_to_load_from_cache(hub_id, "tokenizer.json") if hub_id else None
+    return Path(cached) if isinstance(cached, str) else None
