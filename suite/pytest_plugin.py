@@ -7,7 +7,7 @@ the item that confirms it passes.
 With --bench an item runs its task (`suite reproduce`) and the verdict is the outcome: FAIL, INVALID and ERROR fail the
 session; INCONCLUSIVE and NOT_RUN are reported as such, and are neither passes nor failures.
 
-Items that start an engine (--bench, and tests marked `engine`) share one xdist worker.
+With --bench all items share one xdist worker: two engines on one machine slow each other down.
 """
 
 from __future__ import annotations
@@ -37,11 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "engine: starts a sampler or trainer; all such tests run on one xdist worker")
-    config.addinivalue_line("markers", "xdist_group(name): tests of one group run on one xdist worker")
-    # Plain `-n 2` deals tests out one by one and ignores groups. xdist reads this option after us (trylast).
-    if _in_checkout(config.rootpath) and getattr(config.option, "dist", None) == "load":
-        config.option.dist = "loadgroup"
+    config.addinivalue_line("markers", "xdist_group(name): tests of one group run on one xdist worker (--dist loadgroup)")
 
 
 def pytest_collect_file(file_path: Path, parent):
@@ -54,13 +50,6 @@ def pytest_collect_file(file_path: Path, parent):
 def _in_checkout(folder: Path) -> bool:
     project = folder / "pyproject.toml"
     return project.is_file() and "fp16-mismatch-suite" in project.read_text(encoding="utf-8")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker("engine"):
-            item.add_marker(pytest.mark.xdist_group("engine"))
 
 
 class TaskFile(pytest.File):
@@ -77,7 +66,7 @@ class TaskItem(pytest.Item):
         super().__init__(**kwargs)
         self.verdict: str | None = None
         if self.config.getoption("bench"):
-            self.add_marker("engine")
+            self.add_marker(pytest.mark.xdist_group("engine"))
 
     def runtest(self):
         repo = self.path.parents[2]
@@ -112,7 +101,7 @@ def confirm_published(path: Path, repo: Path) -> str:
 
     Raises TaskFailure if the task does not validate or a recomputed verdict is not the published one.
     """
-    from suite.report.verify import folder_differences
+    from suite.report.verifying import folder_differences
     from suite.task import load_task
     from suite.validate import validate_file
 

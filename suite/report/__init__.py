@@ -17,7 +17,7 @@ EXIT_DIFFERENT, EXIT_NOTHING = 1, 14
 
 def publish(task_id: str, runs_dir: Path, results_dir: Path) -> int:
     """Copy every finished run of the task's current version into `results_dir`, grade it there, regenerate the rest."""
-    from suite.report.publish import publish_task
+    from suite.report.publishing import publish_task
     from suite.task import load_all
 
     folders = publish_task(load_all()[task_id], Path(runs_dir), Path(results_dir))
@@ -42,7 +42,7 @@ def report(results_dir: Path, check: bool = False) -> int:
     for name, what in sorted(changes.items()):
         print(f"{'would change' if check else 'wrote'} {Path(results_dir) / name} ({what})")
     if check:
-        print(f"{len(changes)} of {len(files)} generated files would change")
+        print(f"{len(files)} generated files, {len(changes)} would change")
         return EXIT_DIFFERENT if changes else 0
     write_files(Path(results_dir), files, changes)
     return 0
@@ -50,7 +50,7 @@ def report(results_dir: Path, check: bool = False) -> int:
 
 def verify(target: str | None = None, results_dir: Path = Path("results")) -> int:
     """Recompute every published verdict (of one task, or of a bundle) and compare it with the one that stands there."""
-    from suite.report.verify import verify_published
+    from suite.report.verifying import verify_published
 
     checked, differences = verify_published(target, Path(results_dir))
     for line in differences:

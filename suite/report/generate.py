@@ -12,7 +12,7 @@ from pathlib import Path
 
 from suite.record import write_atomic
 from suite.report import page, plots, tables
-from suite.report.publish import fingerprint_folders, published_runs
+from suite.report.publishing import fingerprint_folders, published_runs
 from suite.report.rows import result_rows
 
 MANIFEST = "MANIFEST.sha256"

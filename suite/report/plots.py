@@ -114,7 +114,7 @@ def figure5(arms: list[Arm]) -> bytes:
         _token_panel(axes[0, column], arm)
         _sequence_panel(axes[1, column], arm, limits)
     axes[0, 0].set_ylabel("trainer probability π")
-    axes[1, 0].set_ylabel("sequence log-ratio  log π(y) − log μ(y)  (nats)")
+    axes[1, 0].set_ylabel("sequence log-ratio (nats)\nlog π(y) − log μ(y)")
     return to_svg(figure)
 
 
@@ -168,6 +168,7 @@ def resolved(arms: list[Arm]) -> bytes:
         low, high, k3 = _binned(arm.points["by_prob"])
         right.plot(_stretched((low + np.minimum(high, 1)) / 2), k3, **how)
     left.set(xscale="log", yscale="log", xlabel="position in the response (tokens)", ylabel="k3 (nats per token)")
+    left.xaxis.set_major_formatter("{x:g}")
     ticks = np.array([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
     right.set(xlabel="sampler probability μ of the token (logit scale)", xticks=_stretched(ticks))
     right.set_xticklabels([f"{tick:g}" for tick in ticks])
@@ -192,7 +193,7 @@ def _stretched(probability: np.ndarray) -> np.ndarray:
 
 def heat_map(matrix: Matrix) -> bytes:
     """Two 3 x 3 maps, k3 and mean |pi - mu|: rows are the rollout's precision, columns the trainer's; log colours."""
-    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.7), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 4.1), layout="constrained")
     panels = ((matrix.k3_nats_per_token, "k3 (nats per token)"), (matrix.prob_diff_mean, "mean |π − μ|"))
     for panel, (values, title) in zip(axes, panels):
         _map_panel(panel, values, title)

@@ -38,6 +38,7 @@ def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
     axes[1].set(ylabel="k3 (nats per token)", yscale="log")
     axes[2].set(ylabel="mean |π − μ|", yscale="log")
     axes[3].set(ylabel="max and min of π − μ", xlabel="iteration", ylim=(-1.05, 1.05))
+    axes[3].xaxis.get_major_locator().set_params(integer=True)
     axes[3].axhline(0, color="#999999", linewidth=0.8)
     if curve_csv is not None:
         _paper_axis(axes[0], read_curve(curve_csv))

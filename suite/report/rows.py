@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from suite.report.publish import fingerprint_folders
+from suite.report.publishing import fingerprint_folders
 
 TIERS = ("paper", "node", "desk")
 GRADED = ("PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN", "INVALID", "ERROR")
@@ -77,9 +77,9 @@ def result_rows(results_dir: Path, tasks: dict) -> list[Row]:
 
 def _graded_row(task, claim: dict, verdict: dict, fingerprint: str) -> Row:
     declared = next((c for c in task.claims if c.id == claim["id"]), None)
-    word, reason = claim["verdict"], claim["reason"] or ""
+    word, reason = claim["verdict"], "; ".join(filter(None, (claim["reason"], claim.get("remark"))))
     if claim["kind"] == "report":
-        word = None
+        word, reason = None, claim.get("remark") or ""
     elif verdict["verdict"] in _SAYS_NOTHING and word != verdict["verdict"]:
         word, reason = verdict["verdict"], "; ".join(filter(None, (verdict["reason"], reason)))
     return Row(
@@ -88,7 +88,7 @@ def _graded_row(task, claim: dict, verdict: dict, fingerprint: str) -> Row:
         fingerprint=fingerprint, estimand=claim["estimand"] or "", unit=claim["unit"] or "",
         estimate=claim["estimate"], interval=claim["interval"], accept=claim["accept"],
         paper_value=claim["paper_value"], paper_unit=_paper(declared, "unit"), paper_source=claim["paper_source"] or "",
-        num_seeds=claim["num_seeds"], verdict=word, reason=reason,
+        num_seeds=claim["num_seeds"] if claim["estimand"] else None, verdict=word, reason=reason,
         consistent_with_paper=claim["consistent_with_paper"], chance=_chance(task, claim),
     )
 

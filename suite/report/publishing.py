@@ -5,7 +5,8 @@
     results/<task>/<fingerprint>/verdict.json  figures/*.svg  MANIFEST.sha256
 
 Every finished run of the task's current version is published, each attempt of a cell in a folder of its own, as in
-runs/; what was published before stays. Runs of an older version leave with the first publication of a newer one.
+runs/; what was published before stays, except that a failed run gives way to its own resumption once that has finished.
+Runs of an older version leave with the first publication of a newer one.
 The verdict is computed from the published files, never copied, so that anyone can compute it again.
 """
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from suite.record import FINISHED, Run, find_runs, write_atomic, write_json, write_manifest
 from suite.report.points import plot_points, write_points
 
-PUBLISHED_STATUSES = (*FINISHED, "invalidated")
+PUBLISHED_STATUSES = (*FINISHED, "invalidated", "failed")  # a failed cell counts as ERROR; hiding it would be choosing
 _PRIVATE_KEYS = {"hostname", "host", "node_name", "user", "username", "cwd", "home"}
 # An absolute path: a slash that does not follow a word, a dot, another slash, a colon or a placeholder, then at least
 # two components, or one below a well-known root. Fractions (a/b), URLs and relative paths do not match.
@@ -116,19 +117,25 @@ def _publish_run(run: Run, folder: Path) -> Path:
     while (target / "record.json").exists() and not _same_run(target, record):
         attempt += 1
         target = first.with_name(f"{first.name}.{attempt}")
+    if (target / "record.json").exists() and _status(target) in FINISHED:
+        return target  # published before: never written again
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "record.json", record)
     write_atomic(target / "metrics.jsonl.gz", _zipped_metrics(run.folder))
     if run.summary is not None:
         shutil.copyfile(run.folder / "evidence_summary.parquet", target / "evidence_summary.parquet")
     if any((run.folder / "evidence").glob("part-*.parquet")):
         write_points(target / "plot_points.parquet", plot_points(run.folder / "evidence"))
+    write_json(target / "record.json", record)  # last: a folder without it is not a published run
     return target
 
 
 def _same_run(folder: Path, record: dict) -> bool:
     there = json.loads((folder / "record.json").read_text())
     return all(there[key] == record[key] for key in ("run_key", "started_utc", "fingerprint"))
+
+
+def _status(folder: Path) -> str:
+    return json.loads((folder / "record.json").read_text())["status"]
 
 
 def _zipped_metrics(folder: Path) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from suite.errors import UserError
 from suite.record import check_manifest
-from suite.report.publish import compute_verdict, fingerprint_folders, published_runs
+from suite.report.publishing import compute_verdict, fingerprint_folders, published_runs
 
 RELATIVE_TOLERANCE = 1e-9
 _NOT_COMPARED = ("suite",)  # which revision of the suite graded: may differ, the numbers may not

@@ -1,0 +1,380 @@
+"""Publishing, tables, figures and the page: nothing private gets out, nothing is hidden, the same records give the same bytes."""
+
+import csv
+import dataclasses
+import getpass
+import gzip
+import io
+import json
+import shutil
+import socket
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import published as fakes
+import pyarrow.parquet as pq
+import pytest
+
+import suite.report
+from suite.mismatch import estimates
+from suite.record import find_runs
+from suite.report import points, rows, tables
+from suite.report.generate import generated_files
+from suite.report.publishing import publish_task, scrub, scrub_text
+from suite.task import load_all, load_task
+
+HOST, USER = "builder-17.lab.example", "someuser"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A checkout with one published task, made once; tests that change something take a copy."""
+    repo = fakes.checkout(tmp_path_factory.mktemp("report") / "checkout")
+    private = {"hostname": HOST, "engine": {"path": "/opt/engines/vllm/python"}, "note": f"on {HOST} ({HOST.split('.')[0]}) by {USER}"}
+    fakes.make_runs(repo, private)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repo)
+        patch.setattr(socket, "gethostname", lambda: HOST)
+        patch.setattr(getpass, "getuser", lambda: USER)
+        assert suite.report.publish("desk-tiny", repo / "runs", repo / "results") == 0
+    return repo
+
+
+@pytest.fixture
+def repo(shared, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(shared, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def folder_of(repo):
+    return repo / "results" / "desk-tiny" / fakes.FINGERPRINT
+
+
+def row(**changes) -> rows.Row:
+    plain = dict(claim="C1", claim_id="C1-a", statement="s", kind="ratio", task="t", title="T", tier="desk", fingerprint="cpu",
+                 estimand="k3_nats_per_token", unit="ratio", estimate=58.0, interval=[50.0, 66.0], accept=[16.0, None],
+                 paper_value=None, paper_unit="", paper_source="", num_seeds=3, verdict="PASS", reason="", consistent_with_paper=None,
+                 chance=0.05)  # fmt: skip
+    return rows.Row(**(plain | changes))
+
+
+# --- publishing ------------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_published_with_all_its_files(repo):
+    runs = find_runs(repo / "results", "desk-tiny")
+    assert len(runs) == 6
+    for run in runs:
+        names = {path.name for path in run.folder.iterdir()}
+        assert names == {"record.json", "metrics.jsonl.gz", "evidence_summary.parquet", "plot_points.parquet"}
+
+
+def test_published_sums_give_the_raw_estimates(repo):
+    raw, out = find_runs(repo / "runs", "desk-tiny"), find_runs(repo / "results", "desk-tiny")
+    for a, b in zip(raw, out, strict=True):
+        assert (a.arm, a.seed) == (b.arm, b.seed) and a.metrics == b.metrics
+        assert estimates(a.summary) == estimates(b.summary)
+
+
+def test_no_path_host_or_user_reaches_results(repo):
+    names = [str(repo), str(repo.parent), "/opt/engines", HOST.split(".")[0], USER]
+    for path in (path for path in (repo / "results").rglob("*") if path.is_file()):
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        found = [name for name in names if name.encode() in data]
+        assert not found, f"{path}: {found}"
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("could not open /home/someone/runs/x/part.parquet: no space", "could not open <path>/part.parquet: no space"),
+        ("file:///data/models/tiny", "<path>/tiny"),
+        ("in '/scratch/a/b/c.py', line 3", "in '<path>/c.py', line 3"),
+        ("/root", "<path>"),
+        ("C:\\Users\\someone\\x.txt", "<path>x.txt".replace("<path>", "<path>/")),
+        ("tokens/s and k3 = 1/2, https://arxiv.org/abs/2510.26788", "tokens/s and k3 = 1/2, https://arxiv.org/abs/2510.26788"),
+        ("baselines/desk/tiny and ../x/y", "baselines/desk/tiny and ../x/y"),
+    ],
+)  # fmt: skip
+def test_scrub_takes_absolute_paths_and_nothing_else(text, expected):
+    assert scrub_text(text) == expected
+
+
+def test_scrub_drops_keys_that_hold_names_at_any_depth():
+    assert scrub({"a": [{"hostname": "x", "cores": 2}], "User": "y", "b": 1.5}) == {"a": [{"cores": 2}], "b": 1.5}
+
+
+def test_a_fresh_attempt_is_published_beside_the_first_and_publishing_again_adds_nothing(repo):
+    first = {run.folder for run in find_runs(repo / "results", "desk-tiny")}
+    fakes.make_runs(repo, fresh=True)
+    for _ in range(2):
+        publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
+        after = {run.folder for run in find_runs(repo / "results", "desk-tiny")}
+        assert len(after) == 12 and first < after
+        assert all(folder.name.endswith(".2") for folder in after - first)
+
+
+def test_another_run_never_overwrites_a_published_one(repo):
+    before = {run.folder: run.record for run in find_runs(repo / "results", "desk-tiny")}
+    record = next((repo / "runs").rglob("record.json"))
+    other = json.loads(record.read_text()) | {"started_utc": "1999-01-01T00:00:00Z"}
+    record.write_text(json.dumps(other))
+    publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
+    after = {run.folder: run.record for run in find_runs(repo / "results", "desk-tiny")}
+    assert len(after) == 7 and all(after[folder] == record for folder, record in before.items())
+
+
+def test_unfinished_limited_and_older_runs_are_not_published(repo):
+    shutil.rmtree(repo / "results")
+    for record, change in zip(sorted((repo / "runs").rglob("record.json")), ({"status": "running"}, {"limit": 4}, {"task": None})):
+        value = json.loads(record.read_text())
+        change = change if "task" not in change else {"task": value["task"] | {"version": 99}}
+        record.write_text(json.dumps(value | change))
+    publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
+    assert len(find_runs(repo / "results", "desk-tiny")) == 3
+
+
+def test_a_failed_run_is_published_and_gives_way_to_its_own_resumption(repo):
+    shutil.rmtree(repo / "results")
+    record = next((repo / "runs").rglob("record.json"))
+    good = json.loads(record.read_text())
+    record.write_text(json.dumps(good | {"status": "failed", "error": {"class": "X", "phase": "score", "message": "m"}}))
+    publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
+    assert json.loads((folder_of(repo) / "verdict.json").read_text())["verdict"] == "ERROR"
+    record.write_text(json.dumps(good))
+    publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
+    assert {run.status for run in find_runs(repo / "results", "desk-tiny")} == {"success"}
+    assert len(find_runs(repo / "results", "desk-tiny")) == 6
+
+
+def test_a_new_version_replaces_the_runs_of_the_old_one(repo):
+    fakes.checkout(repo, fakes.TASK.replace("\nversion: 1", "\nversion: 2"))
+    fakes.make_runs(repo)
+    publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
+    assert {run.record["task"]["version"] for run in find_runs(repo / "results", "desk-tiny")} == {2}
+    assert len(find_runs(repo / "results", "desk-tiny")) == 6
+
+
+def test_nothing_recorded_is_exit_14(repo):
+    shutil.rmtree(repo / "runs")
+    shutil.rmtree(repo / "results")
+    assert suite.report.publish("desk-tiny", repo / "runs", repo / "results") == 14
+
+
+def test_metrics_are_zipped_without_time_or_name(repo):
+    data = next((repo / "results").rglob("metrics.jsonl.gz")).read_bytes()
+    assert data[3] == 0 and data[4:8] == bytes(4)  # flags: no file name; mtime 0
+
+
+def test_a_published_task_is_small(repo):
+    sizes = [path.stat().st_size for path in folder_of(repo).rglob("*") if path.is_file()]
+    per_cell = max(sum(p.stat().st_size for p in run.folder.iterdir()) for run in find_runs(repo / "results", "desk-tiny"))
+    assert per_cell < 85_000 and sum(sizes) < 1_000_000  # 30 cells and their figures stay below 3 MB
+
+
+# --- plot points -----------------------------------------------------------------------------------------------------
+
+
+def test_points_hold_the_tail_all_sequences_and_exact_bins(repo):
+    run = find_runs(repo / "runs", "desk-tiny")[0]
+    table = pq.read_table(run.folder / "evidence" / "part-00000.parquet")
+    mu, pi = (np.exp(np.concatenate(table[name].to_pylist()).astype(float)) for name in ("rollout_logprobs", "trainer_logprobs"))
+    found = points.plot_points(run.folder / "evidence")
+    tail = found["token"]["is_tail"]
+    shown = np.abs(found["token"]["pi"] - found["token"]["mu"])
+    np.testing.assert_allclose(np.sort(shown[tail]), np.sort(np.abs(pi - mu))[-500:], rtol=1e-9)
+    assert len(shown) == 3000 and tail.sum() == 500
+    lengths = [len(values) for values in table["rollout_logprobs"].to_pylist()]
+    assert found["sequence"]["num_tokens"].tolist() == lengths
+    np.testing.assert_allclose(found["sequence"]["seq_log_ratio"].sum(), np.log(pi / mu).sum(), rtol=1e-9)
+    for kind in ("by_position", "by_prob"):
+        assert found[kind]["count"].sum() == len(mu)
+        np.testing.assert_allclose(found[kind]["sum_k3"].sum(), run.summary["sum_k3"].sum(), rtol=1e-6)
+        np.testing.assert_allclose(found[kind]["sum_abs_prob_diff"].sum(), np.abs(pi - mu).sum(), rtol=1e-9)
+
+
+def test_points_do_not_depend_on_how_evidence_is_split_except_for_the_sample(tmp_path):
+    table = fakes.evidence(2.0**-5, seed=0)
+    for folder, cuts in (("one", [0, 48]), ("three", [0, 10, 11, 48])):
+        (tmp_path / folder).mkdir()
+        for i, (a, b) in enumerate(zip(cuts, cuts[1:])):
+            pq.write_table(table.slice(a, b - a), tmp_path / folder / f"part-{i:05d}.parquet")
+    one, three = points.plot_points(tmp_path / "one"), points.plot_points(tmp_path / "three")
+    tails = [np.sort(found["token"]["mu"][found["token"]["is_tail"]]) for found in (one, three)]
+    np.testing.assert_array_equal(*tails)
+    np.testing.assert_allclose(one["sequence"]["seq_log_ratio"], three["sequence"]["seq_log_ratio"], rtol=1e-12)
+    np.testing.assert_array_equal(one["by_prob"]["count"], three["by_prob"]["count"])
+
+
+def test_an_empty_response_is_a_point_of_length_zero(tmp_path):
+    table = fakes.evidence(2.0**-5, seed=0).slice(0, 2).to_pylist()
+    table[0] |= {"rollout_logprobs": [], "trainer_logprobs": []}
+    pq.write_table(fakes.pa.Table.from_pylist(table, schema=fakes.record.EVIDENCE_SCHEMA), tmp_path / "part-00000.parquet")
+    found = points.plot_points(tmp_path)["sequence"]
+    assert found["num_tokens"][0] == 0 and found["seq_log_ratio"][0] == 0.0 and found["num_tokens"][1] > 0
+
+
+def test_points_survive_the_file(tmp_path, repo):
+    found = points.plot_points(find_runs(repo / "runs", "desk-tiny")[0].folder / "evidence")
+    points.write_points(tmp_path / "p.parquet", found)
+    back = points.read_points(tmp_path / "p.parquet")
+    assert back.keys() == found.keys()
+    for kind, columns in found.items():
+        assert back[kind].keys() == columns.keys()
+        for name, values in columns.items():
+            np.testing.assert_allclose(back[kind][name].astype(float), values.astype(float), rtol=1e-6, atol=1e-7)
+
+
+# --- rows and tables -------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_ordered_by_tier_then_by_claim_number_never_by_verdict():
+    mixed = [row(claim="C10", tier="desk"), row(claim="C2", tier="desk", verdict="FAIL"), row(claim="C19", tier="paper", verdict="NOT_RUN"),
+             row(claim="C1", tier="node", verdict="INCONCLUSIVE")]  # fmt: skip
+    ordered = sorted(mixed, key=lambda r: r.order)
+    assert [(r.tier, r.claim) for r in ordered] == [("paper", "C19"), ("node", "C1"), ("desk", "C2"), ("desk", "C10")]
+
+
+def test_headline_counts_every_graded_claim_and_the_false_passes_to_expect():
+    mixed = [row(), row(verdict="FAIL"), row(verdict="INCONCLUSIVE"), row(verdict="NOT_RUN", chance=0.0), row(kind="report", verdict=None, chance=0)]
+    text = "1 PASS, 1 FAIL, 1 INCONCLUSIVE, 1 NOT_RUN of 4 claims; by chance alone at most 0.15 false passes expected"
+    assert rows.headline(mixed) == text
+    assert rows.headline([row(verdict="INVALID")]).startswith("0 PASS, 0 FAIL, 0 INCONCLUSIVE, 0 NOT_RUN, 1 INVALID of 1 claims")
+
+
+def test_no_verdict_is_hidden_in_any_format():
+    words = ("PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN", "INVALID", "ERROR")
+    mixed = [row(claim_id=f"C1-{word}", verdict=word) for word in words]
+    for text in (tables.markdown(mixed), tables.latex(mixed), tables.comma_separated(mixed)):
+        for word in words:
+            assert word in text or word.replace("_", r"\_") in text
+
+
+def test_claims_of_an_invalid_task_never_show_as_pass(repo):
+    path = folder_of(repo) / "verdict.json"
+    verdict = json.loads(path.read_text())
+    verdict |= {"verdict": "INVALID", "reason": "control-floor failed"}
+    verdict["claims"][0]["verdict"] = "PASS"
+    path.write_text(json.dumps(verdict))
+    found = rows.result_rows(repo / "results", load_all())
+    assert [r.verdict for r in found] == ["INVALID", None] and "control-floor failed" in found[0].reason
+
+
+def test_a_task_never_run_is_a_not_run_row_and_an_older_version_is_stale(repo):
+    shutil.rmtree(repo / "results" / "desk-tiny")
+    assert [(r.verdict, r.reason) for r in rows.result_rows(repo / "results", load_all())][0] == ("NOT_RUN", "no published run")
+
+
+def test_an_older_version_counts_as_not_run_and_says_so(repo):
+    fakes.checkout(repo, fakes.TASK.replace("\nversion: 1", "\nversion: 2"))
+    found = rows.result_rows(repo / "results", load_all())[0]
+    assert found.verdict == "NOT_RUN" and "stale: published at version 1, the task is at version 2" in found.reason
+    assert found.estimate is None
+
+
+def test_counts_and_exact_claims_cannot_pass_by_chance(repo):
+    task = load_task("desk-tiny")
+    claim = {"id": "C1-k3-ratio", "kind": "ratio", "estimate": 58.0}
+    assert rows._chance(task, claim) == pytest.approx(0.05)
+    assert rows._chance(task, claim | {"estimate": None}) == 0.0
+    assert rows._chance(task, claim | {"kind": "count"}) == 0.0
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, ""), (3, "3"), (11680, "11680"), (58.0398, "58"), (0.000123456, "0.000123"), ([1.5, 2], "1.5, 2"), ("never", "never"),
+     ({"bf16": 7.64}, "bf16 7.64"), (float("inf"), "inf"), (float("nan"), "nan")],
+)  # fmt: skip
+def test_numbers_read_well(value, text):
+    assert tables.number(value) == text
+
+
+def test_open_ends_of_a_region_are_infinite():
+    assert tables.region([16.0, None]) == "[16, ∞)" and tables.region([None, 0.0]) == "(−∞, 0]" and tables.region(None) == ""
+
+
+def test_latex_escapes_what_latex_reads():
+    assert tables.escape_latex(r"a_b & 5 % |π−μ|^2") == r"a\_b \& 5 \% $|$$\pi$$-$$\mu$$|$\textasciicircum{}2"
+
+
+def test_csv_holds_full_precision(repo):
+    found = next(csv.DictReader(io.StringIO((repo / "results" / "results.csv").read_text())))
+    verdict = json.loads((folder_of(repo) / "verdict.json").read_text())
+    assert float(found["estimate"]) == verdict["claims"][0]["estimate"]
+    assert json.loads(found["interval"]) == verdict["claims"][0]["interval"]
+
+
+def test_the_precision_matrix_is_complete_or_absent(repo):
+    arms = "".join(f"  {r}-{t}: {{precision: {{rollout: {r}, train: {t}}}}}\n" for r in tables.PRECISIONS for t in tables.PRECISIONS)
+    head, rest = fakes.TASK.split("arms:\n")[0], fakes.TASK[fakes.TASK.index("vary:") :]
+    text = (head + "arms:\n" + arms + rest).replace("desk-tiny", "desk-matrix").replace("[bf16, fp16]}", "[bf16-bf16, fp16-fp16]}")
+    fakes.checkout(repo, text.replace("{arm: bf16}", "{arm: bf16-bf16}"), "desk-matrix")
+    runs = fakes.make_runs(repo, task="desk-matrix")
+    (matrix,) = tables.matrices(runs)
+    assert matrix.num_seeds.tolist() == [[3.0] * 3] * 3
+    k3 = [estimates(run.summary)["k3_nats_per_token"] for run in runs if run.arm == "bf16-fp16"]
+    assert matrix.k3_nats_per_token[0, 1] == pytest.approx(np.exp(np.mean(np.log(k3))))
+    assert "| rollout bf16 |" in tables.matrix_markdown("desk-matrix", "cpu", matrix)
+    assert tables.matrices([run for run in runs if run.arm != "bf16-fp16"]) == []
+
+
+# --- everything generated --------------------------------------------------------------------------------------------
+
+
+def test_the_same_records_give_the_same_bytes(repo):
+    files = generated_files(repo / "results", load_all())
+    assert {"RESULTS.md", "results.tex", "results.csv", "index.html"} <= files.keys() and len(files) == 7
+    assert all((repo / "results" / name).read_bytes() == data for name, data in files.items())
+
+
+def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
+    edited = [next((repo / "results").rglob(name)) for name in ("RESULTS.md", "index.html", "figure5.svg")]
+    for path in edited:
+        path.write_text(path.read_text() + "edited by hand")
+    (folder_of(repo) / "figures" / "old.svg").write_text("<svg/>")
+    (repo / "results" / "results.tex").unlink()
+    assert suite.report.report(repo / "results", check=True) == 1
+    out = capsys.readouterr().out
+    for text in ("RESULTS.md (different)", "index.html (different)", "figure5.svg (different)", "old.svg (no longer generated)", "results.tex (missing)"):
+        assert text in out
+    assert all(path.read_text().endswith("edited by hand") for path in edited)
+    assert suite.report.report(repo / "results") == 0
+    assert suite.report.report(repo / "results", check=True) == 0
+    assert not (folder_of(repo) / "figures" / "old.svg").exists()
+
+
+def test_regenerating_never_blesses_a_changed_record(repo):
+    record = next(folder_of(repo).rglob("record.json"))
+    record.write_text(record.read_text().replace("success", "success "))
+    suite.report.report(repo / "results")
+    assert suite.report.verify(None, repo / "results") == 1
+
+
+def test_figures_are_svg_with_the_exact_numbers_printed_in_them(repo):
+    text = (folder_of(repo) / "figures" / "figure5.svg").read_text()
+    ElementTree.fromstring(text)
+    for words in ("sampler probability μ", "trainer probability π", "nats per 1K tokens", "KL[μ|π] = ", "144 responses"):
+        assert words in text
+    assert text.count("#d55e00") and text.count("#0072b2") and "<dc:date>" not in text
+    assert len(text) < 300_000
+
+
+def test_the_page_is_self_contained_and_shows_every_row_and_figure(repo):
+    page = (repo / "results" / "index.html").read_text()
+    assert "1 PASS" in page or "1 INCONCLUSIVE" in page or "1 FAIL" in page
+    assert "C1-k3-ratio" in page and "C2-seq" in page and f"desk-tiny/{fakes.FINGERPRINT}/figures/figure5.svg" in page
+    assert "Sequence-level KL | as the paper prints it." in page
+    assert "<link" not in page and "src=\"http" not in page and "viewport" in page
+
+
+def test_text_from_tasks_cannot_break_the_page():
+    from suite.report.page import render
+
+    assert "&lt;script&gt;alert" in render([row(statement="<script>alert(1)</script>")], [], [])
+
+
+def test_rows_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row().verdict = "PASS"
