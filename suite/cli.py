@@ -1,8 +1,9 @@
-"""The command line. Arguments are parsed before anything heavy is imported: `suite --help` needs argparse and nothing else.
+"""The command line. Arguments are parsed before anything heavy is imported: `suite --help` needs argparse and nothing
+else.
 
-Exit codes: 0 PASS or success, 1 FAIL (or a difference found), 2 bad usage or task file, 10 INCONCLUSIVE, 11 ERROR, 12 NOT_RUN, 13 INVALID,
-14 nothing selected or recorded yet, 130 interrupted. The last line of `reproduce` is always the VERDICT line. What each verb does is in
-verbs.py.
+Exit codes: 0 PASS or success, 1 FAIL (or a difference found), 2 bad usage or task file, 10 INCONCLUSIVE, 11 ERROR, 12
+NOT_RUN, 13 INVALID, 14 nothing selected or recorded yet, 130 interrupted. The last line of `reproduce` is always the
+VERDICT line. What each verb does is in verbs.py.
 """
 
 import argparse
@@ -16,11 +17,22 @@ from suite.errors import NotRunnable, UserError
 
 EXIT_USAGE, EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_INTERRUPTED = 2, 11, 12, 14, 130
 # What a full disk, a read-only folder and a missing right look like.
-_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENOTDIR, errno.EEXIST}
+_WRITE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb and return its exit code. Only here are errors turned into messages; a bug keeps its traceback and exits 11."""
+    """Run one verb and return its exit code. Only here are errors turned into messages; a bug keeps its traceback and
+    exits 11.
+    """
     args = build_parser().parse_args(argv)
     try:
         return _call(args)
@@ -50,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every verb and flag of the command line."""
-    parser = argparse.ArgumentParser(prog="suite", description="Re-run and grade the claims of arXiv 2510.26788 on your own machine.")
+    parser = argparse.ArgumentParser(
+        prog="suite", description="Re-run and grade the claims of arXiv 2510.26788 on your own machine."
+    )
     parser.add_argument("--version", action="version", version=_version())
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
@@ -58,7 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb = add("list", "what there is")
     verb.add_argument("--tier", choices=("desk", "node", "paper"))
     verb.add_argument("--json", action="store_true", help="one JSON list instead of a table")
-    add("show", "a task resolved, or a claim with the paper's value and our results").add_argument("name", metavar="TASK|CLAIM")
+    add("show", "a task resolved, or a claim with the paper's value and our results").add_argument(
+        "name", metavar="TASK|CLAIM"
+    )
     verb = add("validate", "check task files: every error at once")
     verb.add_argument("names", nargs="*", metavar="TASK|FILE", help="default: all tasks")
     verb = add("doctor", "what this machine can run, and why not")
@@ -69,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb = add("grade", "verdict from records; needs no engine")
     verb.add_argument("task", metavar="TASK")
     verb.add_argument("--runs", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir())
-    verb.add_argument("--evidence", type=Path, metavar="FILE", help="grade rollouts that another framework wrote (parquet or JSONL)")
+    verb.add_argument(
+        "--evidence", type=Path, metavar="FILE", help="grade rollouts that another framework wrote (parquet or JSONL)"
+    )
     _run_flags(add("reproduce", "doctor, run, grade and a readable summary"))
 
     verb = add("publish", "copy finished runs into results/ and regenerate tables and figures")
@@ -83,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("action", choices=("build",))
     verb.add_argument("--size", default="1m", help="which recipe (default: %(default)s)")
     verb.add_argument("--out", type=Path, metavar="DIR", help="write there instead of baselines/desk")
-    verb.add_argument("--check", action="store_true", help="re-make the model and compare its behaviour with the shipped one")
+    verb.add_argument(
+        "--check", action="store_true", help="re-make the model and compare its behaviour with the shipped one"
+    )
     return parser
 
 
@@ -96,14 +116,31 @@ def _adder(verbs):
 
 def _run_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("task", metavar="TASK")
-    verb.add_argument("--seeds", type=_numbers, metavar="0,1", help="only these of the task's seeds (controls keep theirs)")
+    verb.add_argument(
+        "--seeds", type=_numbers, metavar="0,1", help="only these of the task's seeds (controls keep theirs)"
+    )
     verb.add_argument("--arm", type=_names, metavar="A,B", help="only these arms or controls")
-    verb.add_argument("--limit", type=_positive, metavar="N", help="RL steps or prompts per cell; such runs are never graded")
-    verb.add_argument("--fresh", action="store_true", help="a new attempt for finished cells; earlier ones stay and are graded too")
-    verb.add_argument("--out", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir(),
-                      help="where run folders go (default: RUNS_DIR or runs)")  # fmt: skip
-    verb.add_argument("--nproc", type=_positive, metavar="N", default=1, help="processes on this machine, through torchrun")
-    verb.add_argument("--launcher", metavar="COMMAND", help='start the processes with this instead, such as "srun -n 8"')
+    verb.add_argument(
+        "--limit", type=_positive, metavar="N", help="RL steps or prompts per cell; such runs are never graded"
+    )
+    verb.add_argument(
+        "--fresh", action="store_true", help="a new attempt for finished cells; earlier ones stay and are graded too"
+    )
+    verb.add_argument(
+        "--out",
+        "--runs-dir",
+        dest="runs_dir",
+        type=Path,
+        metavar="DIR",
+        default=_runs_dir(),
+        help="where run folders go (default: RUNS_DIR or runs)",
+    )
+    verb.add_argument(
+        "--nproc", type=_positive, metavar="N", default=1, help="processes on this machine, through torchrun"
+    )
+    verb.add_argument(
+        "--launcher", metavar="COMMAND", help='start the processes with this instead, such as "srun -n 8"'
+    )
 
 
 def _call(args: argparse.Namespace) -> int:

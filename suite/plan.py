@@ -1,7 +1,9 @@
-"""From a task to its cells: arms x grid x seeds, then controls; what each cell is, and the key under which its run is stored.
+"""From a task to its cells: arms x grid x seeds, then controls; what each cell is, and the key under which its run is
+stored.
 
-A run key is made of everything that decides the numbers and of nothing else: resolved settings, task id and version, seed. Paths, host
-names, budgets, titles and the grade block do not enter, so re-grading or moving a checkpoint never makes a run stale. No torch.
+A run key is made of everything that decides the numbers and of nothing else: resolved settings, task id and version,
+seed. Paths, host names, budgets, titles and the grade block do not enter, so re-grading or moving a checkpoint never
+makes a run stale. No torch.
 """
 
 import hashlib
@@ -45,15 +47,21 @@ class Cell:
         return read_path(self.settings, path, default)
 
     def run_key(self, limit: int | None = None) -> str:
-        """sha256 (64 hex digits) of the canonical JSON of what decides the numbers. A limited run has a key of its own."""
+        """sha256 (64 hex digits) of the canonical JSON of what decides the numbers. A limited run has a key of its
+        own.
+        """
         settings = {section: _without_null(values) for section, values in self.settings.items() if values}
         for path in _NOT_IN_KEY:
             section, name = path.split(".")
             settings.get(section, {}).pop(name, None)
         content = {
-            "task_id": self.task_id, "task_version": self.task_version, "settings": settings, "seed": self.seed,
-            "is_control": self.is_control, "limit": limit,
-        }  # fmt: skip
+            "task_id": self.task_id,
+            "task_version": self.task_version,
+            "settings": settings,
+            "seed": self.seed,
+            "is_control": self.is_control,
+            "limit": limit,
+        }
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -70,9 +78,7 @@ def plan(task: Task) -> list[Cell]:
     if task.protocol == "compare":
         return []
     cells = [
-        _cell(task, arm, point, seed, settings)
-        for arm, point, settings in _resolved_arms(task)
-        for seed in task.seeds
+        _cell(task, arm, point, seed, settings) for arm, point, settings in _resolved_arms(task) for seed in task.seeds
     ]
     for control in task.controls:
         for point, settings in _resolved_control(task, control):
@@ -92,7 +98,9 @@ def grid_points(task: Task) -> list[tuple[tuple[str, Any], ...]]:
 
 
 def resolve(task: Task, overrides: dict, point: tuple[tuple[str, Any], ...] = (), key: str = "arms") -> dict[str, Any]:
-    """Base settings, overridden, at one grid point: plain data with defaults filled in. Raises TaskErrors, keys prefixed with `key`."""
+    """Base settings, overridden, at one grid point: plain data with defaults filled in. Raises TaskErrors, keys
+    prefixed with `key`.
+    """
     raw = deep_merge(_written(task), overrides)
     for path, value in point:
         raw = deep_merge(raw, _nested(path, value))
@@ -103,7 +111,9 @@ def resolve(task: Task, overrides: dict, point: tuple[tuple[str, Any], ...] = ()
         raise TaskErrors(explain(problem, raw, Settings, [(file, raw)], f"{key}.")) from None
     missing = [path for path in REQUIRED[task.protocol] if read_path(settings, path, None) is None]
     if missing:
-        raise TaskErrors([TaskError(file, f"{key}.{path}", "nothing", f"a value ({task.protocol} needs it)") for path in missing])
+        raise TaskErrors(
+            [TaskError(file, f"{key}.{path}", "nothing", f"a value ({task.protocol} needs it)") for path in missing]
+        )
     return settings
 
 
@@ -132,7 +142,9 @@ def one_factor_errors(task: Task) -> list[TaskError]:
             allowed = "arms that differ only in vary: " + (", ".join(task.vary) or "(empty)")
             errors.append(TaskError(file, f"arms.{second}.{path}", found, allowed))
         if not paths:
-            errors.append(TaskError(file, f"arms.{second}", f"the settings of {first}", "arms that differ", "use a control-aa"))
+            errors.append(
+                TaskError(file, f"arms.{second}", f"the settings of {first}", "arms that differ", "use a control-aa")
+            )
     return errors
 
 
@@ -151,7 +163,9 @@ def read_path(settings: dict, path: str, default: Any = _MISSING) -> Any:
             return None if default is _MISSING else default
         if not isinstance(value, dict) or part not in value:
             if default is _MISSING:
-                raise KeyError(f"no setting {path!r} ({part!r} is not one of {sorted(value) if isinstance(value, dict) else value})")
+                raise KeyError(
+                    f"no setting {path!r}: {part!r} is not one of {sorted(value) if isinstance(value, dict) else value}"
+                )
             return default
         value = value[part]
     return default if value is None and default is not _MISSING else value

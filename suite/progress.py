@@ -1,6 +1,7 @@
 """How a run shows itself: a live bar on a terminal, one line per step elsewhere, nothing from ranks above 0.
 
-Protocols call it as `progress(cell_name, done, total, note="")`, once per step or prompt batch; they need not know where it goes.
+Protocols call it as `progress(cell_name, done, total, note="")`, once per step or prompt batch; they need not know
+where it goes.
 """
 
 import os
@@ -22,7 +23,13 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bars
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             self.live = Bars(*columns, console=Console(file=self.stream))
             self.live.start()
         return self

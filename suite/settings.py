@@ -1,7 +1,8 @@
-"""The settings of a task, section by section: the whole vocabulary in which a cell can be described. A key that is not here is refused.
+"""The settings of a task, section by section: the whole vocabulary in which a cell can be described. A key that is
+not here is refused.
 
-Fields default to null (not said) or to "off"; what a protocol cannot do without is listed in REQUIRED and checked on every resolved cell,
-because arms and grid points may supply it. No torch.
+Fields default to null (not said) or to "off"; what a protocol cannot do without is listed in REQUIRED and checked on
+every resolved cell, because arms and grid points may supply it. No torch.
 """
 
 from typing import Annotated, Literal
@@ -19,24 +20,55 @@ SECTIONS = ("model", "data", "rollout", "train", "precision", "algorithm", "sche
 # What must stand in every resolved cell of a protocol; everything else may be left out.
 REQUIRED = {
     "offline_mismatch": (
-        "model.family", "model.sha256", "data.id", "data.template", "rollout.engine",
-        "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "train.engine",
-        "train.score_batch_size", "precision.rollout", "precision.train",
+        "model.family",
+        "model.sha256",
+        "data.id",
+        "data.template",
+        "rollout.engine",
+        "rollout.samples_per_prompt",
+        "rollout.temperature",
+        "rollout.top_p",
+        "rollout.max_tokens",
+        "train.engine",
+        "train.score_batch_size",
+        "precision.rollout",
+        "precision.train",
     ),
     "offline_accuracy": (
-        "model.family", "model.sha256", "data.id", "data.template", "rollout.engine",
-        "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "precision.rollout",
+        "model.family",
+        "model.sha256",
+        "data.id",
+        "data.template",
+        "rollout.engine",
+        "rollout.samples_per_prompt",
+        "rollout.temperature",
+        "rollout.top_p",
+        "rollout.max_tokens",
+        "precision.rollout",
     ),
     "dataset": ("data.id",),
     "filter": ("model.family", "data.id", "rollout.engine", "rollout.samples_per_prompt", "precision.rollout"),
     "rl": (
-        "model.family", "model.sha256", "data.id", "data.template", "rollout.engine",
-        "rollout.samples_per_prompt", "rollout.temperature", "rollout.top_p", "rollout.max_tokens", "train.engine",
-        "train.optimizer", "algorithm.name", "schedule.steps", "schedule.prompts_per_step", "schedule.minibatches",
-        "precision.rollout", "precision.train",
+        "model.family",
+        "model.sha256",
+        "data.id",
+        "data.template",
+        "rollout.engine",
+        "rollout.samples_per_prompt",
+        "rollout.temperature",
+        "rollout.top_p",
+        "rollout.max_tokens",
+        "train.engine",
+        "train.optimizer",
+        "algorithm.name",
+        "schedule.steps",
+        "schedule.prompts_per_step",
+        "schedule.minibatches",
+        "precision.rollout",
+        "precision.train",
     ),
     "compare": (),
-}  # fmt: skip
+}
 
 
 class Strict(BaseModel):
@@ -46,7 +78,9 @@ class Strict(BaseModel):
 
 
 class Model(Strict):
-    """Weights: a hub id or a local path; `sha256` is that of the (first) weight file, `unknown` until somebody looked it up."""
+    """Weights: a hub id or a local path; `sha256` is that of the (first) weight file, `unknown` until somebody looked
+    it up.
+    """
 
     path: str | None = None
     id: str | None = None
@@ -63,7 +97,9 @@ class DataFile(Strict):
 
 
 class Data(Strict):
-    """Problems: a hub id, a local path, or a generated family; `num_terms` is the number of digits in a desk problem, ends included."""
+    """Problems: a hub id, a local path, or a generated family; `num_terms` is the number of digits in a desk problem,
+    ends included.
+    """
 
     id: str | None = None
     path: str | None = None
@@ -132,7 +168,9 @@ class Parallel(Strict):
 
 
 class Train(Strict):
-    """The trainer. `score_batch_size` counts sequences per forward: batch shape alone moves bf16 log-probs, so it is fixed."""
+    """The trainer. `score_batch_size` counts sequences per forward: batch shape alone moves bf16 log-probs, so it is
+    fixed.
+    """
 
     engine: Literal["dense", "moe"] | None = None
     score_batch_size: Positive | None = None

@@ -23,10 +23,18 @@ def summary(task: Task) -> dict:
     """One task as one row, in plain values."""
     graded = [claim for claim in task.claims if claim.kind != "report"]
     return {
-        "id": task.id, "tier": task.tier, "version": task.version, "title": task.title, "protocol": task.protocol,
-        "claims": sorted({claim.about for claim in task.claims}, key=_claim_number), "num_graded": len(graded),
-        "num_cells": len(plan(task)), "seeds": list(task.seeds), "needs": machine(task), "tags": list(task.tags),
-    }  # fmt: skip
+        "id": task.id,
+        "tier": task.tier,
+        "version": task.version,
+        "title": task.title,
+        "protocol": task.protocol,
+        "claims": sorted({claim.about for claim in task.claims}, key=_claim_number),
+        "num_graded": len(graded),
+        "num_cells": len(plan(task)),
+        "seeds": list(task.seeds),
+        "needs": machine(task),
+        "tags": list(task.tags),
+    }
 
 
 def machine(task: Task) -> str:
@@ -35,7 +43,9 @@ def machine(task: Task) -> str:
     if wanted.gpus == 0:
         return "any CPU"
     where = f"{wanted.nodes} nodes x " if wanted.nodes > 1 else ""
-    return f"{where}{wanted.gpus} GPU{'s' * (wanted.gpus > 1)} x {wanted.gpu_mem_gib:g} GiB" + (" or CPU" if wanted.cpu_ok else "")
+    return f"{where}{wanted.gpus} GPU{'s' * (wanted.gpus > 1)} x {wanted.gpu_mem_gib:g} GiB" + (
+        " or CPU" if wanted.cpu_ok else ""
+    )
 
 
 def print_list(tasks: list[Task]) -> None:
@@ -43,7 +53,15 @@ def print_list(tasks: list[Task]) -> None:
     for tier in TIERS:
         for row in [summary(task) for task in tasks if task.tier == tier]:
             claims = " ".join(row["claims"])
-            table.add_row(row["id"], tier, claims, str(row["num_cells"]), str(len(row["seeds"])), row["needs"], escape(row["title"]))
+            table.add_row(
+                row["id"],
+                tier,
+                claims,
+                str(row["num_cells"]),
+                str(len(row["seeds"])),
+                row["needs"],
+                escape(row["title"]),
+            )
     _console().print(table)
 
 
@@ -55,19 +73,28 @@ def print_heading(task: Task, num_cells: int) -> None:
 
 
 def print_task(task: Task) -> None:
-    """A task as it runs: claims with their accept regions, arms, grid, controls and resolved settings, and what is wrong with it."""
+    """A task as it runs: claims with their accept regions, arms, grid, controls and resolved settings, and what is
+    wrong with it.
+    """
     console = _console()
     print_heading(task, len(plan(task)))
     for claim in task.claims:
         console.print(f"[bold]{claim.id}[/] ({claim.kind}, about {claim.about}) {escape(claim.statement)}")
         for line in _claim_lines(task, claim):
             console.print(f"    {escape(line)}")
-    console.print(f"\narms      {', '.join(arm_names(task))}; vary: {', '.join(task.vary) or 'nothing'}; seeds {_joined(task.seeds)}")
+    console.print(
+        f"\narms      {_joined(arm_names(task))}; vary: {_joined(task.vary) or 'nothing'}; seeds {_joined(task.seeds)}"
+    )
     for path, values in task.grid.items():
         console.print(escape(f"grid      {path}: {', '.join(axis_label(value) for value in values)}"))
     for control in task.controls:
         where = f"{control.estimand} of {contrast_text(control.contrast)} in {region_text(control.accept)}"
-        console.print(escape(f"control   {control.name} ({control.kind}, like {control.like}, seeds {_joined(control.seeds)}): {where}"))
+        console.print(
+            escape(
+                f"control   {control.name} ({control.kind}, like {control.like}, "
+                f"seeds {_joined(control.seeds)}): {where}"
+            )
+        )
     for path in unpinned_inputs(task):
         console.print(f"unpinned  {path}: verdicts are capped at INCONCLUSIVE until it is pinned")
     console.print("\nsettings shared by all arms (arms and grid go on top):")
@@ -81,7 +108,9 @@ def print_task(task: Task) -> None:
 def _claim_lines(task: Task, claim: Claim) -> list[str]:
     lines = []
     if claim.paper is not None:
-        lines.append(f"paper: {value_text(claim.paper.value)} {claim.paper.unit}; {claim.paper.source} ({claim.paper.level})")
+        lines.append(
+            f"paper: {value_text(claim.paper.value)} {claim.paper.unit}; {claim.paper.source} ({claim.paper.level})"
+        )
     grade = task.grade.get(claim.id)
     if grade is None:
         return lines
@@ -103,7 +132,9 @@ def is_claim(name: str) -> bool:
 
 
 def print_claim(claim_id: str, tasks: dict[str, Task], repo: Path) -> None:
-    """A claim with the paper's value and source, the tasks that test it, and what is published for it by tier and hardware."""
+    """A claim with the paper's value and source, the tasks that test it, and what is published for it by tier and
+    hardware.
+    """
     baselines, problems = read_yaml(repo / "baselines" / "paper.yaml")
     if problems:
         raise TaskErrors(problems)
@@ -130,7 +161,14 @@ def _published_rows(task: Task, claim: Claim, results: Path) -> list[tuple[str, 
         for found in verdict["claims"]:
             if found["id"] == claim.id:
                 interval = region_text(found["interval"]) if found.get("interval") else ""
-                rows.append((verdict["fingerprint"], number_text(found.get("estimate")), interval, found.get("verdict") or "reported"))
+                rows.append(
+                    (
+                        verdict["fingerprint"],
+                        number_text(found.get("estimate")),
+                        interval,
+                        found.get("verdict") or "reported",
+                    )
+                )
     return rows
 
 
@@ -147,7 +185,10 @@ def print_plan(task: Task, cells: list[Cell], power: dict[str, dict]) -> None:
     console.print(f"needs {machine(task)}: {memory}, {wanted.disk_gib:g} GiB of disk")
     if task.budget:
         gpu_hours = wanted.gpus * wanted.nodes * task.budget.minutes / 60
-        console.print(f"budget {task.budget.minutes:g} minutes for all cells" + (f", {gpu_hours:.1f} GPU-hours" if wanted.gpus else ""))
+        console.print(
+            f"budget {task.budget.minutes:g} minutes for all cells"
+            + (f", {gpu_hours:.1f} GPU-hours" if wanted.gpus else "")
+        )
     table = _table("claim", "kind", "seeds", "accept", "P(PASS) if the paper is right", "P(FAIL) if no effect")
     for claim in task.claims:
         grade = task.grade.get(claim.id)
@@ -166,27 +207,45 @@ def print_findings(findings: list[dict], fingerprint: str) -> None:
     table = _table("check", "", "found", "needed")
     for finding in findings:
         mark = "[green]ok[/]" if finding["ok"] else "[red]no[/]"
-        table.add_row(*(escape(str(finding["name"])), mark, escape(str(finding["detail"])), escape(str(finding.get("needed") or ""))))
+        table.add_row(
+            *(
+                escape(str(finding["name"])),
+                mark,
+                escape(str(finding["detail"])),
+                escape(str(finding.get("needed") or "")),
+            )
+        )
     console = _console()
     console.print(f"this machine: {escape(fingerprint)}")
     console.print(table)
 
 
 def print_verdict(verdict: dict) -> None:
-    """A verdict as a table: estimate, interval, accept region, paper's value and reason of every claim, then the controls."""
+    """A verdict as a table: estimate, interval, accept region, paper's value and reason of every claim, then the
+    controls.
+    """
     console = _console()
     table = _table("claim", "estimate", "interval", "accepted", "paper", "seeds", "verdict", "reason")
     for claim in verdict["claims"]:
         word = claim.get("verdict") or "reported"
         table.add_row(
-            escape(claim["id"]), number_text(claim.get("estimate")), region_text(claim.get("interval")), region_text(claim.get("accept")),
-            escape(value_text(claim.get("paper_value"))), str(claim.get("num_seeds", "")), _coloured(word), escape(claim.get("reason") or ""),
-        )  # fmt: skip
+            escape(claim["id"]),
+            number_text(claim.get("estimate")),
+            region_text(claim.get("interval")),
+            region_text(claim.get("accept")),
+            escape(value_text(claim.get("paper_value"))),
+            str(claim.get("num_seeds", "")),
+            _coloured(word),
+            escape(claim.get("reason") or ""),
+        )
     console.print(table)
     for control in verdict["controls"]:
         mark = {"holds": "[green]holds[/]", "broken": "[red]broken[/]"}.get(control["outcome"], control["outcome"])
         console.print(f"{escape(control['name'])}: {mark}; {escape(control['reason'] or '')}")
-    console.print(f"\n{verdict['task']} on {escape(verdict['fingerprint'] or 'no machine')}: {_coloured(verdict['verdict'])}. {escape(verdict.get('reason') or '')}")
+    console.print(
+        f"\n{verdict['task']} on {escape(verdict['fingerprint'] or 'no machine')}: "
+        f"{_coloured(verdict['verdict'])}. {escape(verdict.get('reason') or '')}"
+    )
 
 
 def contrast_text(contrast: Contrast) -> str:

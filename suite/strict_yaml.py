@@ -1,9 +1,9 @@
 """Reads one YAML file into plain dicts, lists and scalars, and refuses whatever could surprise a reader.
 
-Refused, each with its place: duplicate keys, keys that are not text, tags (`!!python/...` and all others), anchors and aliases
-(sharing is what `extends` is for, and an alias bomb needs them), merge keys, deep nesting, more than one document, bytes that are not
-UTF-8. Only `true`/`false` are booleans and only plain decimals are integers, so `no`, `on`, `010`, `1:30` and dates stay text and
-then meet a type error where a number was wanted.
+Refused, each with its place: duplicate keys, keys that are not text, tags (`!!python/...` and all others), anchors
+and aliases (sharing is what `extends` is for, and an alias bomb needs them), merge keys, deep nesting, more than one
+document, bytes that are not UTF-8. Only `true`/`false` are booleans and only plain decimals are integers, so `no`,
+`on`, `010`, `1:30` and dates stay text and then meet a type error where a number was wanted.
 """
 
 import re
@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|fa
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:null|~|)$"), ["n", "~", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), _NUMBER_START)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",  # YAML 1.1: a dot is needed, and a signed exponent; other readers then agree on the value
+    "tag:yaml.org,2002:float",  # as YAML 1.1: a dot and a signed exponent, so that other readers see the same value
     re.compile(r"^[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
     _NUMBER_START,
 )
@@ -88,7 +88,9 @@ def _check_events(text: str, path) -> list[TaskError]:
         line = f"(line {event.start_mark.line + 1})"
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             mark = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            errors.append(TaskError(path, line, mark + event.anchor, "no anchors or aliases", "share blocks with extends"))
+            errors.append(
+                TaskError(path, line, mark + event.anchor, "no anchors or aliases", "share blocks with extends")
+            )
         if getattr(event, "tag", None):
             errors.append(TaskError(path, line, event.tag, "no tags: plain text, numbers, lists and mappings"))
         nodes += isinstance(event, yaml.NodeEvent)
@@ -111,7 +113,9 @@ def _plain(node: yaml.Node, key: str, path, errors: list[TaskError]):
     if kind == "int" and len(node.value) > 30:
         errors.append(TaskError(path, key, node.value[:30] + "...", "an integer of at most 30 digits"))
         return 0
-    return {"null": lambda _: None, "bool": lambda v: v == "true", "int": int, "float": _float}.get(kind, str)(node.value)
+    return {"null": lambda _: None, "bool": lambda v: v == "true", "int": int, "float": _float}.get(kind, str)(
+        node.value
+    )
 
 
 def _float(text: str) -> float:
@@ -126,7 +130,9 @@ def _plain_mapping(node: yaml.MappingNode, key: str, path, errors: list[TaskErro
         line = key_node.start_mark.line + 1
         if name is None or key_node.tag != "tag:yaml.org,2002:str":
             shown = name if name is not None else "a list or mapping as key"
-            errors.append(TaskError(path, where, shown, "keys that are text", f"line {line}; quote it if it is meant as text"))
+            errors.append(
+                TaskError(path, where, shown, "keys that are text", f"line {line}; quote it if it is meant as text")
+            )
         elif name in result:
             errors.append(TaskError(path, where, f"a second time in line {line}", "each key once"))
         else:

@@ -1,8 +1,9 @@
-"""A task file as typed, frozen values: what the paper claims, under which settings it is tested, and what counts as the same result.
+"""A task file as typed, frozen values: what the paper claims, under which settings it is tested, and what counts as
+the same result.
 
-`load_task` either returns a Task or raises TaskErrors with every error of the file: file, key, value found, values allowed. What can only
-be judged across keys (one factor between arms, accept regions, baseline keys) is in validate.py. The settings sections are in settings.py.
-No torch.
+`load_task` either returns a Task or raises TaskErrors with every error of the file: file, key, value found, values
+allowed. What can only be judged across keys (one factor between arms, accept regions, baseline keys) is in
+validate.py. The settings sections are in settings.py. No torch.
 """
 
 import json
@@ -13,10 +14,22 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 
-from suite.errors import TaskError, UserError
+from suite.checkout import base_folder, find_repo, task_files, task_path  # noqa: F401  (offered where people look)
+from suite.errors import TaskError
 from suite.settings import (
-    SECTIONS, Algorithm, Data, Model, Name, Natural, Positive, PrecisionSettings, Rollout, Schedule, Strict, Train,
-)  # fmt: skip
+    SECTIONS,
+    Algorithm,
+    Data,
+    Model,
+    Name,
+    Natural,
+    Positive,
+    PrecisionSettings,
+    Rollout,
+    Schedule,
+    Strict,
+    Train,
+)
 from suite.strict_yaml import TaskErrors, read_yaml
 from suite.task_errors import explain
 
@@ -24,8 +37,11 @@ Level = Literal["P0", "P1", "P2", "P3", "P4", "P5"]
 Tier = Literal["desk", "node", "paper"]
 Protocol = Literal["offline_mismatch", "offline_accuracy", "dataset", "rl", "filter", "compare"]
 Kind = Literal["ratio", "threshold", "event", "ordering", "equivalence", "count", "report"]
-Reducer = Literal["last_k_mean", "epoch_mean", "mean", "median", "geo_mean", "log_ratio", "auc", "time_to_event", "fraction_of_seeds"]
+Reducer = Literal[
+    "last_k_mean", "epoch_mean", "mean", "median", "geo_mean", "log_ratio", "auc", "time_to_event", "fraction_of_seeds"
+]
 Range = tuple[Optional[float], Optional[float]]  # null = open end
+
 
 class Paper(Strict):
     """What the paper reports; `level` says how well that is known (P0 printed ... P5 judgement)."""
@@ -46,7 +62,9 @@ class Claim(Strict):
 
 
 class Contrast(Strict):
-    """Exactly one of: the level of an arm, a ratio or difference of two, an ascending order of several with its margin."""
+    """Exactly one of: the level of an arm, a ratio or difference of two, an ascending order of several with its
+    margin.
+    """
 
     arm: Name | None = None
     ratio: tuple[Name, Name] | None = None
@@ -57,7 +75,9 @@ class Contrast(Strict):
     @property
     def form(self) -> str:
         """The one that is set; validate.py refuses none and several."""
-        return next((form for form in ("arm", "ratio", "difference", "order") if getattr(self, form) is not None), "arm")
+        return next(
+            (form for form in ("arm", "ratio", "difference", "order") if getattr(self, form) is not None), "arm"
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,7 +87,9 @@ class Contrast(Strict):
 
 
 class Event(Strict):
-    """A collapse: a fall by `drop` below the running peak of the `window`-step mean that lasts `hold` steps (counted in iterations)."""
+    """A collapse: a fall by `drop` below the running peak of the `window`-step mean that lasts `hold` steps (counted
+    in iterations).
+    """
 
     drop: Annotated[float, Field(gt=0)]
     window: Positive
@@ -90,7 +112,9 @@ class Tolerance(Strict):
 
 
 class Grade(Strict):
-    """How one claim is judged: the estimand of which arms at which grid point, its interval, and the region it must lie in."""
+    """How one claim is judged: the estimand of which arms at which grid point, its interval, and the region it must
+    lie in.
+    """
 
     estimand: str
     contrast: Contrast
@@ -106,7 +130,7 @@ class Grade(Strict):
 
 
 class Control(Strict):
-    """A cell whose outcome is known beforehand: `like` an arm, with `set` on top; the task is INVALID where it fails."""
+    """A cell whose outcome is known: `like` an arm, with `set` on top. The task is INVALID where it fails."""
 
     name: Name
     kind: Literal["aa", "floor", "broken", "null_drift"]
@@ -193,33 +217,18 @@ class Task(Strict):
     @property
     def settings(self) -> dict[str, Any]:
         """The sections as plain data, defaults filled in, before any arm."""
-        return {name: None if (part := getattr(self, name)) is None else part.model_dump(mode="json") for name in SECTIONS}
+        return {
+            name: None if (part := getattr(self, name)) is None else part.model_dump(mode="json") for name in SECTIONS
+        }
 
     def claim(self, claim_id: str) -> Claim:
         """The claim of that id; KeyError otherwise."""
         return {claim.id: claim for claim in self.claims}[claim_id]
 
 
-def find_repo(start: Path | None = None) -> Path:
-    """The checkout in which one stands: the nearest folder upward whose pyproject.toml names fp16-mismatch-suite and that has tasks/."""
-    start = Path(start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        project = folder / "pyproject.toml"
-        if (folder / "tasks").is_dir() and project.is_file() and re.search(r"fp16-mismatch-suite", project.read_text()):
-            return folder
-    raise UserError(f"no checkout of fp16-mismatch-suite at or above {start}; change into one and call again")
-
-
-def task_files(repo: Path | None = None) -> dict[str, Path]:
-    """Every task of the checkout by file name, sorted; blocks in _base are not tasks. Paths are relative to the current folder if below it."""
-    here, repo = Path.cwd(), repo or find_repo()
-    files = sorted(repo.glob("tasks/*/*.yaml"), key=lambda path: path.stem)
-    shown = [path.relative_to(here) if path.is_relative_to(here) else path for path in files]
-    return {path.stem: path for path in shown if path.parent.name != "_base"}
-
-
 def json_schema() -> str:
-    """The JSON Schema of a task file, for editors: `python -m suite.task > tasks/schema.json`; a test keeps the file current.
+    """The JSON Schema of a task file, for editors: `python -m suite.task > tasks/schema.json`; a test keeps the file
+    current.
 
     Only `id` is required in it, because blocks named in `extends` may supply the rest.
     """
@@ -242,7 +251,9 @@ def load_all(repo: Path | None = None) -> dict[str, Task]:
 
 
 def load_task(path_or_id: str | Path) -> Task:
-    """The task in a file, or the one of that id in this checkout. Raises TaskErrors naming every error, UserError for an unknown id."""
+    """The task in a file, or the one of that id in this checkout. Raises TaskErrors naming every error, UserError for
+    an unknown id.
+    """
     task, errors, _ = read_task(task_path(path_or_id))
     if errors or task is None:
         raise TaskErrors(errors)
@@ -250,8 +261,9 @@ def load_task(path_or_id: str | Path) -> Task:
 
 
 def read_task(path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
-    """(task, errors, keys left out). With errors the task is what remains without the faulty keys, so that the checks of validate.py
-    can still speak about the rest; None where nothing sensible remains."""
+    """(task, errors, keys left out). With errors the task is what remains without the faulty keys, so that the checks
+    of validate.py can still speak about the rest; None where nothing sensible remains.
+    """
     raw, layers, errors = _read_layers(path)
     if raw is None:
         return None, errors, []
@@ -275,7 +287,9 @@ def read_task(path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
 def _drop(raw: Any, location: tuple) -> bool:
     """Take the value at a location out of the raw mapping; False where there is nothing (a required key is missing)."""
     for part in location[:-1]:
-        inside = (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and isinstance(part, int) and part < len(raw))
+        inside = (isinstance(raw, dict) and part in raw) or (
+            isinstance(raw, list) and isinstance(part, int) and part < len(raw)
+        )
         if not inside:
             return False
         raw = raw[part]
@@ -283,17 +297,6 @@ def _drop(raw: Any, location: tuple) -> bool:
         return False
     del raw[location[-1]]
     return True
-
-
-def task_path(path_or_id: str | Path) -> Path:
-    """The file meant by a path or an id. Raises UserError for an id that this checkout does not have."""
-    path = Path(path_or_id)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        return path
-    files = task_files()
-    if str(path_or_id) not in files:
-        raise UserError(f"no task {str(path_or_id)!r}; there are: {', '.join(files)}")
-    return files[str(path_or_id)]
 
 
 def _read_layers(path: Path) -> tuple[dict | None, list[tuple[Path, dict]], list[TaskError]]:
@@ -306,7 +309,9 @@ def _read_layers(path: Path) -> tuple[dict | None, list[tuple[Path, dict]], list
         block, block_errors = read_yaml(block_path)
         errors += block_errors
         for key in sorted({"grade", "claims", "id", "extends"} & set(block or {})):
-            errors.append(TaskError(block_path, key, "in a _base block", "only in a task file", "it is never inherited"))
+            errors.append(
+                TaskError(block_path, key, "in a _base block", "only in a task file", "it is never inherited")
+            )
         if isinstance(block, dict):
             merged = deep_merge(merged, block)
             layers.insert(1, (block_path, block))
@@ -322,14 +327,6 @@ def _block_paths(raw: dict, path: Path, errors: list[TaskError]) -> list[Path]:
         if not isinstance(name, str) or name not in there:
             errors.append(TaskError(path, f"extends.{index}", name, f"a block in tasks/_base: {', '.join(there)}"))
     return [there[name] for name in names if isinstance(name, str) and name in there]
-
-
-def base_folder(path: Path) -> Path:
-    """tasks/_base of the checkout in which the file lies; of the current checkout for a file elsewhere."""
-    for folder in Path(path).resolve().parents:
-        if (folder / "_base").is_dir():
-            return folder / "_base"
-    return find_repo() / "tasks" / "_base"
 
 
 def deep_merge(base: dict, top: dict) -> dict:

@@ -1,4 +1,6 @@
-"""Turns what pydantic found into the suite's own errors: file, dotted key, value found, values allowed, and what to write instead."""
+"""Turns what pydantic found into the suite's own errors: file, dotted key, value found, values allowed, and what to
+write instead.
+"""
 
 import difflib
 import re
@@ -10,14 +12,26 @@ from suite.errors import TaskError
 
 _NUMBER_AS_TEXT = re.compile(r"^([-+]?)(\d+)(?:\.(\d*))?[eE]([-+]?)(\d+)$")
 _ALLOWED = {
-    "string_type": "text", "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "bool_type": "true or false", "tuple_type": "a list", "list_type": "a list", "dict_type": "a mapping",
-    "model_type": "a mapping", "finite_number": "a finite number", "model_attributes_type": "a mapping",
-}  # fmt: skip
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "finite_number": "a finite number",
+    "model_attributes_type": "a mapping",
+}
 
 
-def explain(problem: ValidationError, raw: dict, model: type[BaseModel], layers: list[tuple], prefix: str = "") -> list[TaskError]:
-    """One TaskError per finding. `layers`: (file, its mapping) from the task to the farthest block; the error names the file it came from."""
+def explain(
+    problem: ValidationError, raw: dict, model: type[BaseModel], layers: list[tuple], prefix: str = ""
+) -> list[TaskError]:
+    """One TaskError per finding. `layers`: (file, its mapping) from the task to the farthest block; the error names
+    the file it came from.
+    """
     return [_explain_one(error, raw, model, layers, prefix) for error in problem.errors(include_url=False)]
 
 
@@ -99,6 +113,10 @@ def _field_text(model: type[BaseModel], location: tuple) -> str:
     for name, field in _model_at(model, location[:-1]).model_fields.items():
         if location[-1] in (name, field.alias):
             inner = _models_in(field.annotation)
-            kind = "a mapping" if inner else re.sub(r"typing\.|<class '|'>|Annotated\[|, FieldInfo.*", "", str(field.annotation))
+            kind = (
+                "a mapping"
+                if inner
+                else re.sub(r"typing\.|<class '|'>|Annotated\[|, FieldInfo.*", "", str(field.annotation))
+            )
             return f"{kind} (required)"
     return "a value (required)"

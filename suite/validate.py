@@ -1,7 +1,8 @@
-"""What can only be judged across the keys of a task, or against the rest of the checkout. Every error at once; warnings beside them.
+"""What can only be judged across the keys of a task, or against the rest of the checkout. Every error at once;
+warnings beside them.
 
-An error makes the task unusable. A warning says what a verdict of this task cannot be: too few seeds, an input nobody pinned yet, a
-tolerance that is only judgement. No torch.
+An error makes the task unusable. A warning says what a verdict of this task cannot be: too few seeds, an input nobody
+pinned yet, a tolerance that is only judgement. No torch.
 """
 
 import math
@@ -10,16 +11,21 @@ from functools import lru_cache
 from pathlib import Path
 
 from suite.errors import TaskError
-from suite.plan import arm_names, differing_paths, grid_points, one_factor_errors, plan, read_path, resolve
+from suite.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
 from suite.settings import SECTIONS
 from suite.strict_yaml import TaskErrors, read_yaml
-from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_files, task_path
+from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
 
 # The contrast that each kind of claim speaks about.
 FORMS = {
-    "ratio": ("ratio",), "threshold": ("arm", "ratio", "difference"), "event": ("arm", "difference"), "ordering": ("order",),
-    "equivalence": ("difference", "ratio"), "count": ("arm",), "report": ("arm", "ratio", "difference", "order"),
-}  # fmt: skip
+    "ratio": ("ratio",),
+    "threshold": ("arm", "ratio", "difference"),
+    "event": ("arm", "difference"),
+    "ordering": ("order",),
+    "equivalence": ("difference", "ratio"),
+    "count": ("arm",),
+    "report": ("arm", "ratio", "difference", "order"),
+}
 ARM_NAME = re.compile(r"^(fp32|bf16|fp16)(?:-(fp32|bf16|fp16))?(?:-[A-Za-z0-9_-]+)?$")
 
 
@@ -74,7 +80,9 @@ def contrast_range(level: tuple[float, float], contrast: Contrast, reducer: str 
 
 def _echoes(key: str, left_out: list[str]) -> bool:
     related = (key == gone or key.startswith(gone + ".") or gone.startswith(key + ".") for gone in left_out)
-    return any(related) or any(key.endswith("." + gone) for gone in left_out)  # a section's key, seen again in every arm
+    return any(related) or any(
+        key.endswith("." + gone) for gone in left_out
+    )  # a section's key, seen again in every arm
 
 
 def _resolution_errors(task: Task) -> list[TaskError]:
@@ -137,7 +145,9 @@ def _algorithm_errors(task: Task) -> list[TaskError]:
 
 
 def _arm_precision_errors(task: Task) -> list[TaskError]:
-    """`bf16` means both sides in bf16; `bf16-fp32` means train in bf16, rollout in fp32. A name that says otherwise misleads."""
+    """`bf16` means both sides in bf16; `bf16-fp32` means train in bf16, rollout in fp32. A name that says otherwise
+    misleads.
+    """
     errors = []
     for arm in task.arms:
         match = ARM_NAME.match(arm)
@@ -165,7 +175,9 @@ def _claim_errors(task: Task) -> list[TaskError]:
         if grade is not None:
             errors += _grade_errors(task, claim, grade)
         elif claim.kind != "report":
-            errors.append(TaskError(task.file, f"grade.{claim.id}", "nothing", f"a grade (kind {claim.kind} is graded)"))
+            errors.append(
+                TaskError(task.file, f"grade.{claim.id}", "nothing", f"a grade (kind {claim.kind} is graded)")
+            )
     return errors
 
 
@@ -178,7 +190,11 @@ def _grade_errors(task: Task, claim: Claim, grade: Grade) -> list[TaskError]:
         errors.append(TaskError(task.file, f"{key}.contrast", grade.contrast.form, allowed))
     if claim.kind == "report":
         return errors
-    needed = ["interval", "tolerance"] + (["event"] if claim.kind == "event" else []) + (["accept"] if claim.kind != "ordering" else [])
+    needed = (
+        ["interval", "tolerance"]
+        + (["event"] if claim.kind == "event" else [])
+        + (["accept"] if claim.kind != "ordering" else [])
+    )
     for name in needed:
         if getattr(grade, name) is None:
             errors.append(TaskError(task.file, f"{key}.{name}", "nothing", f"a value (kind {claim.kind} is graded)"))
@@ -207,7 +223,11 @@ def _point_errors(task: Task, key: str, at: dict, whole: bool) -> list[TaskError
     errors = []
     for axis, value in at.items():
         if axis not in task.grid:
-            errors.append(TaskError(task.file, f"{key}.at.{axis}", axis, f"an axis of the grid: {', '.join(task.grid) or '(none)'}"))
+            errors.append(
+                TaskError(
+                    task.file, f"{key}.at.{axis}", axis, f"an axis of the grid: {', '.join(task.grid) or '(none)'}"
+                )
+            )
         elif value not in task.grid[axis]:
             labels = ", ".join(axis_label(point) for point in task.grid[axis])
             errors.append(TaskError(task.file, f"{key}.at.{axis}", value, f"a value of the grid: {labels}"))
@@ -263,7 +283,9 @@ def _aa_errors(task: Task, control: Control, key: str) -> list[TaskError]:
         return []
     errors = []
     if control.set:
-        errors.append(TaskError(task.file, f"{key}.set", sorted(control.set), "nothing: an A/A control differs in seeds only"))
+        errors.append(
+            TaskError(task.file, f"{key}.set", sorted(control.set), "nothing: an A/A control differs in seeds only")
+        )
     if shared := sorted(set(control.seeds) & set(task.seeds)):
         errors.append(TaskError(task.file, f"{key}.seeds", shared, "seeds that the arms do not use"))
     return errors
@@ -271,7 +293,11 @@ def _aa_errors(task: Task, control: Control, key: str) -> list[TaskError]:
 
 def _needs_errors(task: Task) -> list[TaskError]:
     there = {path.stem for path in base_folder(task.file).parent.glob("*/*.yaml") if path.parent.name != "_base"}
-    errors = [TaskError(task.file, "needs", name, f"a task: {', '.join(sorted(there))}") for name in task.needs if name not in there]
+    errors = [
+        TaskError(task.file, "needs", name, f"a task: {', '.join(sorted(there))}")
+        for name in task.needs
+        if name not in there
+    ]
     if task.protocol == "compare" and not task.needs:
         errors.append(TaskError(task.file, "needs", "nothing", "the tasks whose records it compares"))
     return errors
@@ -291,13 +317,16 @@ def _baseline_errors(task: Task, claim: Claim) -> list[TaskError]:
         return problems
     for part in claim.paper.baseline.split("."):
         if not isinstance(value, dict) or part not in value:
-            allowed = f"a key in baselines/paper.yaml; at this place: {', '.join(value) if isinstance(value, dict) else value}"
+            here = ", ".join(value) if isinstance(value, dict) else value
+            allowed = f"a key in baselines/paper.yaml; at this place: {here}"
             return [TaskError(task.file, f"claims.{claim.id}.paper.baseline", claim.paper.baseline, allowed)]
         value = value[part]
     value = value.get("value") if isinstance(value, dict) else value
     numbers = (value, claim.paper.value)
     if all(isinstance(number, (int, float)) for number in numbers) and not math.isclose(*numbers):
-        return [TaskError(task.file, f"claims.{claim.id}.paper.value", claim.paper.value, f"{value} (baselines/paper.yaml)")]
+        return [
+            TaskError(task.file, f"claims.{claim.id}.paper.value", claim.paper.value, f"{value} (baselines/paper.yaml)")
+        ]
     return []
 
 
@@ -323,7 +352,10 @@ def _unknown(value, path: str = "") -> list[str]:
 
 
 def _warnings(task: Task) -> list[str]:
-    warnings = [f"{task.file}: {path}: unknown; verdicts are capped at INCONCLUSIVE until it is pinned" for path in unpinned_inputs(task)]
+    warnings = [
+        f"{task.file}: {path}: unknown; verdicts are capped at INCONCLUSIVE until it is pinned"
+        for path in unpinned_inputs(task)
+    ]
     for name, grade in task.grade.items():
         key, seeds = f"{task.file}: grade.{name}", len(task.seeds)
         if task.protocol != "dataset" and seeds < grade.min_seeds:

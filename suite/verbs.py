@@ -1,7 +1,7 @@
 """What each verb of the command line does: one function each, from parsed arguments to an exit code.
 
-Anything that needs an engine is imported inside the verb that runs one, so that list, show, validate, plan, grade, report and verify work
-on a machine without torch.
+Anything that needs an engine is imported inside the verb that runs one, so that list, show, validate, plan, grade,
+report and verify work on a machine without torch.
 """
 
 import json
@@ -151,16 +151,27 @@ def desk(args) -> int:
 
 
 VERBS = {
-    "list": list_tasks, "show": show_one, "validate": validate, "doctor": doctor, "plan": show_plan, "run": run, "grade": grade,
-    "reproduce": reproduce, "publish": publish, "report": report, "verify": verify, "desk": desk,
-}  # fmt: skip
+    "list": list_tasks,
+    "show": show_one,
+    "validate": validate,
+    "doctor": doctor,
+    "plan": show_plan,
+    "run": run,
+    "grade": grade,
+    "reproduce": reproduce,
+    "publish": publish,
+    "report": report,
+    "verify": verify,
+    "desk": desk,
+}
 
 
 def select(task: Task, seeds: list[int] | None = None, arms: list[str] | None = None) -> list[Cell]:
-    """The planned cells, narrowed to some seeds and arms. Controls keep their own seeds and stay unless arms are named.
+    """The planned cells, narrowed to some seeds and arms. Controls keep their own seeds and stay unless arms are
+    named.
 
-    Raises UserError for a seed or arm that the task does not have: seeds are fixed in the task file, or adding some until it passes
-    would be a way to a false pass.
+    Raises UserError for a seed or arm that the task does not have: seeds are fixed in the task file, or adding some
+    until it passes would be a way to a false pass.
     """
     cells = plan(task)
     unknown = sorted({seed for seed in seeds or ()} - set(task.seeds))
@@ -220,7 +231,9 @@ def _launch(args) -> int:
 
 
 def _grade_records(task: Task, runs_dir: Path):
-    """(verdict, its file) of the newest fingerprint recorded; every fingerprint gets its own verdict. (None, None) without records."""
+    """(verdict, its file) of the newest fingerprint recorded; every fingerprint gets its own verdict. (None, None)
+    without records.
+    """
     from suite.grade import grade_by_fingerprint, write_verdict
     from suite.record import find_runs
 
@@ -229,7 +242,9 @@ def _grade_records(task: Task, runs_dir: Path):
     if not runs and not any(needed.values()):
         return None, None
     verdicts = grade_by_fingerprint(task, runs, needed or None)
-    newest = max(runs or [run for found in needed.values() for run in found], key=lambda run: str(run.record.get("started_utc")))
+    newest = max(
+        runs or [run for found in needed.values() for run in found], key=lambda run: str(run.record.get("started_utc"))
+    )
     for fingerprint, other in verdicts.items():
         if fingerprint != newest.fingerprint:
             print(f"also recorded on {fingerprint}: {other['verdict']}; shown below is {newest.fingerprint}")

@@ -9,41 +9,59 @@ import time
 from pathlib import Path
 
 import pytest
+from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
 from suite import cli, verbs
 from suite.errors import DataError, NotRunnable, UserError
 from suite.plan import plan
 from suite.task import load_task
-from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
 REPO = Path(__file__).resolve().parents[1]
 VERDICT = {
-    "task": "tiny", "verdict": "FAIL", "reason": "one claim fails", "fingerprint": "cpu-test", "controls": [],
+    "task": "tiny",
+    "verdict": "FAIL",
+    "reason": "one claim fails",
+    "fingerprint": "cpu-test",
+    "controls": [],
     "claims": [
-        {"id": "C1-k3", "kind": "ratio", "verdict": "FAIL", "estimate": 2.0, "interval": [1.5, 2.5], "accept": [16, None],
-         "paper_value": 64, "num_seeds": 3, "reason": "disjoint"},
+        {
+            "id": "C1-k3",
+            "kind": "ratio",
+            "verdict": "FAIL",
+            "estimate": 2.0,
+            "interval": [1.5, 2.5],
+            "accept": [16, None],
+            "paper_value": 64,
+            "num_seeds": 3,
+            "reason": "disjoint",
+        },
     ],
-}  # fmt: skip
+}
 
 
 def run_suite(*words: str, prelude: str = "", cwd: Path = REPO) -> subprocess.CompletedProcess:
     """`suite WORDS` in a process of its own."""
     code = f"{prelude}\nimport sys\nfrom suite.cli import main\nsys.exit(main({list(words)!r}))"
     environ = {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environ, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environ, capture_output=True, text=True, check=False
+    )
 
 
 def test_help_answers_within_half_a_second():
     times = []
     for _ in range(3):  # the fastest of three: other processes may hold the core
         start = time.perf_counter()
-        shown = subprocess.run([sys.executable, "-m", "suite", "--help"], cwd=REPO, capture_output=True, text=True, check=True)
+        shown = subprocess.run(
+            [sys.executable, "-m", "suite", "--help"], cwd=REPO, capture_output=True, text=True, check=True
+        )
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5 and "reproduce" in shown.stdout
 
 
 def test_help_imports_nothing_heavy():
-    prelude = "import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({'numpy', 'pydantic', 'yaml', 'rich', 'torch'} & set(sys.modules))))"
+    heavy = "{'numpy', 'pydantic', 'yaml', 'rich', 'torch'}"
+    prelude = f"import atexit, sys; atexit.register(lambda: print('HEAVY', sorted({heavy} & set(sys.modules))))"
     assert run_suite("--help", prelude=prelude).stdout.rstrip().endswith("HEAVY []")
 
 
@@ -61,11 +79,17 @@ sys.meta_path.insert(0, Refuse())
 @pytest.mark.parametrize(
     ("words", "codes"),
     [
-        (("list",), {0}), (("list", "--json"), {0}), (("show", "desk-offline-mismatch"), {0}), (("show", "C1"), {0}), (("validate",), {0}),
-        (("plan", "desk-offline-mismatch"), {0}), (("grade", "desk-offline-mismatch", "--runs", "no-such-folder"), {14}),
-        (("report", "--check"), {0, 1}), (("verify",), {0, 1, 14}),
+        (("list",), {0}),
+        (("list", "--json"), {0}),
+        (("show", "desk-offline-mismatch"), {0}),
+        (("show", "C1"), {0}),
+        (("validate",), {0}),
+        (("plan", "desk-offline-mismatch"), {0}),
+        (("grade", "desk-offline-mismatch", "--runs", "no-such-folder"), {14}),
+        (("report", "--check"), {0, 1}),
+        (("verify",), {0, 1, 14}),
     ],
-)  # fmt: skip
+)
 def test_reading_verbs_work_without_engines(words, codes):
     found = run_suite(*words, prelude=NO_ENGINES)
     assert found.returncode in codes, found.stdout[-500:] + found.stderr[-2000:]
@@ -80,7 +104,13 @@ def test_list_as_json_is_one_row_per_task(checkout, capsys):  # noqa: F811
     checkout()
     assert cli.main(["list", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["id"], row["tier"], row["claims"], row["num_cells"], row["num_graded"]) == ("tiny", "desk", ["C1"], 14, 1)
+    assert (row["id"], row["tier"], row["claims"], row["num_cells"], row["num_graded"]) == (
+        "tiny",
+        "desk",
+        ["C1"],
+        14,
+        1,
+    )
     assert cli.main(["list", "--tier", "paper", "--json"]) == 14
 
 
@@ -114,12 +144,18 @@ def test_an_unknown_verb_or_flag_is_bad_usage():
 
 @pytest.fixture
 def machine(checkout, monkeypatch):  # noqa: F811
-    """The tiny task on a machine that can run it, where running and grading are replaced; `calls` says in which order they came."""
+    """The tiny task on a machine that can run it, where running and grading are replaced; `calls` says in which order
+    they came.
+    """
     checkout()
     calls = []
     monkeypatch.setattr(verbs, "_check_machine", lambda task: calls.append("doctor"))
     monkeypatch.setattr(verbs, "_run_cells", lambda args, task, cells: calls.append(f"run {len(cells)}") or 0)
-    monkeypatch.setattr(verbs, "_grade_records", lambda task, runs_dir: calls.append("grade") or (VERDICT, Path("runs/tiny/verdict.json")))
+    monkeypatch.setattr(
+        verbs,
+        "_grade_records",
+        lambda task, runs_dir: calls.append("grade") or (VERDICT, Path("runs/tiny/verdict.json")),
+    )
     return calls
 
 
@@ -147,15 +183,27 @@ def raising(problem):
     ("problem", "code", "verdict", "words"),
     [
         (NotRunnable("needs 1 GPU with 40 GiB"), 12, "NOT_RUN", "needs 1 GPU with 40 GiB"),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 11, "ERROR", "cannot write runs/x: No space left on device"),
-        (OSError(errno.EROFS, "Read-only file system", "runs/x"), 11, "ERROR", "cannot write runs/x: Read-only file system"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            11,
+            "ERROR",
+            "cannot write runs/x: No space left on device",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "runs/x"),
+            11,
+            "ERROR",
+            "cannot write runs/x: Read-only file system",
+        ),
         (KeyboardInterrupt(), 130, "ERROR", "the same command goes on from here"),
         (RuntimeError("the engine died"), 11, "ERROR", "Traceback"),
         (UserError("another process is running this cell"), 2, None, "another process"),
         (DataError("x.parquet: sha256 differs"), 2, None, "sha256 differs"),
     ],
 )
-def test_what_goes_wrong_in_a_run_has_its_exit_code_and_its_words(machine, monkeypatch, capsys, problem, code, verdict, words):
+def test_what_goes_wrong_in_a_run_has_its_exit_code_and_its_words(
+    machine, monkeypatch, capsys, problem, code, verdict, words
+):
     monkeypatch.setattr(verbs, "_run_cells", raising(problem))
     assert cli.main(["reproduce", "tiny"]) == code
     shown = capsys.readouterr()
@@ -202,7 +250,12 @@ def test_runs_go_where_the_variable_says(monkeypatch):
 def test_select_narrows_arms_and_seeds_and_keeps_controls(checkout):  # noqa: F811
     task = load_task(checkout())
     assert len(verbs.select(task)) == len(plan(task)) == 14
-    assert {(cell.arm, cell.seed) for cell in verbs.select(task, seeds=[1])} == {("bf16", 1), ("fp16", 1), ("control-aa", 10), ("control-aa", 11)}
+    assert {(cell.arm, cell.seed) for cell in verbs.select(task, seeds=[1])} == {
+        ("bf16", 1),
+        ("fp16", 1),
+        ("control-aa", 10),
+        ("control-aa", 11),
+    }
     assert {cell.arm for cell in verbs.select(task, arms=["fp16"])} == {"fp16"}
     with pytest.raises(UserError, match="has no seed 7; it has 0, 1, 2"):
         verbs.select(task, seeds=[0, 7])
@@ -214,7 +267,11 @@ def test_processes_are_started_with_the_same_choice_of_cells(checkout, monkeypat
     checkout()
     started = []
     monkeypatch.setattr(verbs, "_check_machine", lambda task: None)
-    monkeypatch.setattr(verbs.subprocess, "run", lambda command, check: started.append(command) or subprocess.CompletedProcess(command, 3))
+    monkeypatch.setattr(
+        verbs.subprocess,
+        "run",
+        lambda command, check: started.append(command) or subprocess.CompletedProcess(command, 3),
+    )
     monkeypatch.delenv("RANK", raising=False)
     words = ["run", "tiny", "--nproc", "2", "--seeds", "0,1", "--arm", "bf16", "--limit", "4", "--fresh"]
     assert cli.main(words) == 11  # the launcher failed
@@ -226,7 +283,9 @@ def test_processes_are_started_with_the_same_choice_of_cells(checkout, monkeypat
 
 def test_show_and_plan_print_what_is_graded(checkout, capsys, monkeypatch):  # noqa: F811
     checkout()
-    monkeypatch.setattr(verbs, "_design_power", lambda task: {"C1-k3": {"p_pass_if_true": 0.93, "p_fail_if_null": None}})
+    monkeypatch.setattr(
+        verbs, "_design_power", lambda task: {"C1-k3": {"p_pass_if_true": 0.93, "p_fail_if_null": None}}
+    )
     assert cli.main(["show", "tiny"]) == 0
     shown = capsys.readouterr().out
     assert "k3_nats_per_token of bf16 / fp16 at num_terms=4-24; accepted in [16, 128], at least 3 seeds" in shown
@@ -253,4 +312,8 @@ def test_a_line_for_each_step_where_there_is_no_terminal(capsys):
         progress("bf16.s0", 1, 2, note="k3 1e-4")
         progress("bf16.s0", 2, 2)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("[0/2 cells") and lines[0].endswith("bf16.s0 1/2 k3 1e-4") and lines[1].startswith("[1/2 cells")
+    assert (
+        lines[0].startswith("[0/2 cells")
+        and lines[0].endswith("bf16.s0 1/2 k3 1e-4")
+        and lines[1].startswith("[1/2 cells")
+    )

@@ -1,16 +1,15 @@
 """Cells and run keys: what enters a key, what does not, and that arms differ in one factor only."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
 from suite.errors import TaskError
 from suite.plan import Cell, canonical_json, check_one_factor, differing_paths, plan, read_path, resolve
 from suite.task import load_task
-from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -22,7 +21,12 @@ def keys(path) -> list[str]:
 def test_cells_are_arms_by_grid_by_seeds_and_then_controls(checkout):  # noqa: F811
     cells = plan(load_task(checkout()))
     names = [cell.name for cell in cells]
-    assert names[:4] == ["bf16.num_terms=4-24.s0", "bf16.num_terms=4-24.s1", "bf16.num_terms=4-24.s2", "bf16.num_terms=60-120.s0"]
+    assert names[:4] == [
+        "bf16.num_terms=4-24.s0",
+        "bf16.num_terms=4-24.s1",
+        "bf16.num_terms=4-24.s2",
+        "bf16.num_terms=60-120.s0",
+    ]
     assert names[12:] == ["control-aa.num_terms=4-24.s10", "control-aa.num_terms=4-24.s11"]
     assert len(set(names)) == len({cell.run_key() for cell in cells}) == 14
     assert [cell.is_control for cell in cells] == [False] * 12 + [True] * 2
@@ -30,7 +34,11 @@ def test_cells_are_arms_by_grid_by_seeds_and_then_controls(checkout):  # noqa: F
 
 def test_a_cell_knows_its_settings(checkout):  # noqa: F811
     cell = plan(load_task(checkout()))[-3]
-    assert (cell.get("precision.rollout"), cell.get("data.num_terms"), cell.get("rollout.top_k")) == ("fp16", [60, 120], 0)
+    assert (cell.get("precision.rollout"), cell.get("data.num_terms"), cell.get("rollout.top_k")) == (
+        "fp16",
+        [60, 120],
+        0,
+    )
     assert cell.get("train.lora") is None and cell.get("train.lora.rank") is None and cell.get("algorithm.name") is None
     assert cell.get("train.lora.rank", 1) == 1 and cell.get("rollout.seed", 7) == 7
     with pytest.raises(KeyError, match="no setting 'rollout.topk'"):
@@ -83,14 +91,19 @@ def test_seed_limit_and_being_a_control_each_make_a_key_of_their_own(checkout): 
     cell = plan(load_task(checkout()))[0]
     parts = {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
     others = [Cell(**parts | {"seed": 1}), Cell(**parts | {"is_control": True}), Cell(**parts | {"task_id": "other"})]
-    assert len({cell.run_key(), cell.run_key(limit=8), cell.run_key(limit=9), *(other.run_key() for other in others)}) == 6
+    assert (
+        len({cell.run_key(), cell.run_key(limit=8), cell.run_key(limit=9), *(other.run_key() for other in others)}) == 6
+    )
 
 
 def test_a_key_is_the_same_in_another_process_and_folder(checkout, tmp_path):  # noqa: F811
     path = checkout()
-    code = f"from suite.task import load_task; from suite.plan import plan; print(plan(load_task({str(path)!r}))[0].run_key())"
+    imports = "from suite.task import load_task; from suite.plan import plan"
+    code = f"{imports}; print(plan(load_task({str(path)!r}))[0].run_key())"
     environ = {"PYTHONPATH": str(REPO), "PYTHONHASHSEED": "77"}
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path.parent, env=environ, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path.parent, env=environ, capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == plan(load_task(path))[0].run_key()
 
 
@@ -109,7 +122,10 @@ def test_arms_that_differ_outside_vary_are_named_with_both_values(checkout):  # 
 
 
 def test_vary_is_matched_by_whole_path_components(checkout):  # noqa: F811
-    edits = [("vary: [precision]", "vary: [precision, rollout.max]"), ("fp16: {precision: ", "fp16: {rollout: {max_tokens: 65}, precision: ")]
+    edits = [
+        ("vary: [precision]", "vary: [precision, rollout.max]"),
+        ("fp16: {precision: ", "fp16: {rollout: {max_tokens: 65}, precision: "),
+    ]
     with pytest.raises(TaskError, match="arms.fp16.rollout.max_tokens"):
         check_one_factor(load_task(checkout(*edits)))
 
@@ -135,7 +151,7 @@ def test_a_control_without_a_point_runs_at_every_grid_point(checkout):  # noqa: 
 
 def test_a_dataset_task_needs_no_arms_and_a_compare_task_has_no_cells(checkout):  # noqa: F811
     start, end = GOOD.index("arms:"), GOOD.index("seeds:")
-    text = GOOD[:start] + GOOD[end:GOOD.index("metrics:")] + GOOD[GOOD.index("resources:"):]
+    text = GOOD[:start] + GOOD[end : GOOD.index("metrics:")] + GOOD[GOOD.index("resources:") :]
     dataset = load_task(checkout(("offline_mismatch", "dataset"), text=text))
     assert [cell.name for cell in plan(dataset)] == ["dataset.s0", "dataset.s1", "dataset.s2"]
     assert plan(load_task(checkout(("offline_mismatch", "compare"), text=text))) == []

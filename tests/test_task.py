@@ -63,7 +63,7 @@ resources: {gpus: 0, gpu_mem_gib: 0, disk_gib: 1, cpu_ok: true}
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """An empty checkout with one baseline; the returned function writes a task with text replaced and gives its path."""
+    """An empty checkout with one baseline; the function it gives writes a task, edited, and returns its path."""
     for folder in ("tasks/_base", "tasks/desk", "baselines"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "pyproject.toml").write_text('name = "fp16-mismatch-suite"\n')
@@ -98,7 +98,11 @@ def test_a_good_task_loads_validates_and_is_frozen(checkout):
 BROKEN = {
     "unknown key": (("seeds: [0", "sead: [0"), "sead", "seeds"),
     "unknown key in a section": (("max_tokens: 64", "max_token: 64"), "rollout.max_token", "did you mean max_tokens?"),
-    "unknown key in an arm": (("fp16: {precision: {rollout", "fp16: {precision: {rolout"), "arms.fp16.precision.rolout", "rollout"),
+    "unknown key in an arm": (
+        ("fp16: {precision: {rollout", "fp16: {precision: {rolout"),
+        "arms.fp16.precision.rolout",
+        "rollout",
+    ),
     "duplicate key": (("max_tokens: 64", "max_tokens: 64, max_tokens: 65"), "rollout.max_tokens", "each key once"),
     "duplicate top-level key": (("vary: [precision]", "vary: [precision]\nvary: []"), "vary", "each key once"),
     "text for a number": (("max_tokens: 64", "max_tokens: many"), "rollout.max_tokens", "a whole number"),
@@ -119,39 +123,109 @@ BROKEN = {
     "tier and folder": (("tier: desk", "tier: paper"), "tier", "desk (the folder)"),
     "unknown protocol": (("offline_mismatch", "offline_magic"), "protocol", "offline_mismatch"),
     "unknown reducer": (("accept: [16", "reducer: max\n    accept: [16"), "grade.C1-k3.reducer", "last_k_mean"),
-    "unknown estimand": (("  C1-k3:\n    estimand: k3_nats", "  C1-k3:\n    estimand: k4_nats"), "grade.C1-k3.estimand", "k3_nats_per_token"),
+    "unknown estimand": (
+        ("  C1-k3:\n    estimand: k3_nats", "  C1-k3:\n    estimand: k4_nats"),
+        "grade.C1-k3.estimand",
+        "k3_nats_per_token",
+    ),
     "unknown metric": (("metrics: [k3", "metrics: [k9"), "metrics", "k3_nats_per_token"),
-    "accept covers everything": (("accept: [16, 128]", "accept: [0, null]"), "grade.C1-k3.accept", "some outcome can miss"),
-    "accept is open on both ends": (("accept: [16, 128]", "accept: [null, null]"), "grade.C1-k3.accept", "some outcome can miss"),
+    "accept covers everything": (
+        ("accept: [16, 128]", "accept: [0, null]"),
+        "grade.C1-k3.accept",
+        "some outcome can miss",
+    ),
+    "accept is open on both ends": (
+        ("accept: [16, 128]", "accept: [null, null]"),
+        "grade.C1-k3.accept",
+        "some outcome can miss",
+    ),
     "accept meets nothing": (("accept: [16, 128]", "accept: [-9, -1]"), "grade.C1-k3.accept", "some outcome can meet"),
     "accept upside down": (("accept: [16, 128]", "accept: [128, 16]"), "grade.C1-k3.accept", "low <= high"),
     "accept of three": (("accept: [16, 128]", "accept: [16, 32, 128]"), "grade.C1-k3.accept", "2"),
     "no grade": (("  C1-k3:\n    estimand", "  C1-k4:\n    estimand"), "grade.C1-k3", "kind ratio is graded"),
-    "no tolerance": (("    tolerance: {level: P4, derivation: theory, date: 2026-01-01}\n", ""), "grade.C1-k3.tolerance", "a value"),
+    "no tolerance": (
+        ("    tolerance: {level: P4, derivation: theory, date: 2026-01-01}\n", ""),
+        "grade.C1-k3.tolerance",
+        "a value",
+    ),
     "missing baseline": (("baseline: C1.ratio", "baseline: C1.ration"), "claims.C1-k3.paper.baseline", "ratio"),
-    "another value than the baseline": (("value: 64", "value: 65"), "claims.C1-k3.paper.value", "64 (baselines/paper.yaml)"),
-    "contrast of an unknown arm": (("ratio: [bf16, fp16]", "ratio: [bf16, fp8]"), "grade.C1-k3.contrast.ratio", "bf16, fp16"),
-    "two contrasts": (("{ratio: [bf16, fp16]}", "{ratio: [bf16, fp16], arm: bf16}"), "grade.C1-k3.contrast", "exactly one of"),
+    "another value than the baseline": (
+        ("value: 64", "value: 65"),
+        "claims.C1-k3.paper.value",
+        "64 (baselines/paper.yaml)",
+    ),
+    "contrast of an unknown arm": (
+        ("ratio: [bf16, fp16]", "ratio: [bf16, fp8]"),
+        "grade.C1-k3.contrast.ratio",
+        "bf16, fp16",
+    ),
+    "two contrasts": (
+        ("{ratio: [bf16, fp16]}", "{ratio: [bf16, fp16], arm: bf16}"),
+        "grade.C1-k3.contrast",
+        "exactly one of",
+    ),
     "no contrast": (("{ratio: [bf16, fp16]}", "{}"), "grade.C1-k3.contrast", "exactly one of"),
-    "contrast of another kind": (("{ratio: [bf16, fp16]}", "{arm: bf16}"), "grade.C1-k3.contrast", "ratio (kind ratio)"),
-    "a point outside the grid": (("at: {data.num_terms: 4-24}", "at: {data.num_terms: 5-6}"), "grade.C1-k3.at.data.num_terms", "60-120"),
-    "an axis outside the grid": (("at: {data.num_terms: 4-24}", "at: {data.rows: 1}"), "grade.C1-k3.at.data.rows", "an axis"),
-    "no point named": (("    at: {data.num_terms: 4-24}\n    contrast: {ratio: [bf16, fp16]}", "    contrast: {ratio: [bf16, fp16]}"),
-                       "grade.C1-k3.at.data.num_terms", "one of: 4-24, 60-120"),
+    "contrast of another kind": (
+        ("{ratio: [bf16, fp16]}", "{arm: bf16}"),
+        "grade.C1-k3.contrast",
+        "ratio (kind ratio)",
+    ),
+    "a point outside the grid": (
+        ("at: {data.num_terms: 4-24}", "at: {data.num_terms: 5-6}"),
+        "grade.C1-k3.at.data.num_terms",
+        "60-120",
+    ),
+    "an axis outside the grid": (
+        ("at: {data.num_terms: 4-24}", "at: {data.rows: 1}"),
+        "grade.C1-k3.at.data.rows",
+        "an axis",
+    ),
+    "no point named": (
+        ("    at: {data.num_terms: 4-24}\n    contrast: {ratio: [bf16, fp16]}", "    contrast: {ratio: [bf16, fp16]}"),
+        "grade.C1-k3.at.data.num_terms",
+        "one of: 4-24, 60-120",
+    ),
     "control without its prefix": (("name: control-aa", "name: aa"), "controls.aa.name", "begins with control-"),
     "control like no arm": (("like: bf16", "like: int8"), "controls.control-aa.like", "an arm: bf16"),
-    "A/A that differs": (("seeds: [10, 11]", "seeds: [10, 11]\n    set: {data: {num_prompts: 3}}"), "controls.control-aa.set", "seeds only"),
+    "A/A that differs": (
+        ("seeds: [10, 11]", "seeds: [10, 11]\n    set: {data: {num_prompts: 3}}"),
+        "controls.control-aa.set",
+        "seeds only",
+    ),
     "A/A with the same seeds": (("seeds: [10, 11]", "seeds: [0, 11]"), "controls.control-aa.seeds", "do not use"),
     "arm without a precision": (("  fp16: {precision", "  half: {precision"), "arms.half", "begins with"),
-    "arm of another precision": (("fp16: {precision: {rollout: fp16", "fp16: {precision: {rollout: bf16"), "arms.fp16.precision.rollout", "fp16"),
-    "arms differ outside vary": (("fp16: {precision: ", "fp16: {rollout: {max_tokens: 65}, precision: "), "arms.fp16.rollout.max_tokens",
-                                 "arms that differ only in vary: precision"),
-    "equal arms": (("  fp16: {precision", "  bf16-bf16: {precision: {rollout: bf16, train: bf16}}\n  fp16: {precision"), "arms.bf16-bf16", "differ"),
-    "a setting the protocol needs": ((", max_tokens: 64", ""), "arms.bf16.rollout.max_tokens", "offline_mismatch needs it"),
+    "arm of another precision": (
+        ("fp16: {precision: {rollout: fp16", "fp16: {precision: {rollout: bf16"),
+        "arms.fp16.precision.rollout",
+        "fp16",
+    ),
+    "arms differ outside vary": (
+        ("fp16: {precision: ", "fp16: {rollout: {max_tokens: 65}, precision: "),
+        "arms.fp16.rollout.max_tokens",
+        "arms that differ only in vary: precision",
+    ),
+    "equal arms": (
+        ("  fp16: {precision", "  bf16-bf16: {precision: {rollout: bf16, train: bf16}}\n  fp16: {precision"),
+        "arms.bf16-bf16",
+        "differ",
+    ),
+    "a setting the protocol needs": (
+        (", max_tokens: 64", ""),
+        "arms.bf16.rollout.max_tokens",
+        "offline_mismatch needs it",
+    ),
     "a task that is not there": (("metrics:", "needs: [nothing]\nmetrics:"), "needs", "a task"),
-    "a block that is not there": (("protocol:", "extends: [nowhere]\nprotocol:"), "extends.0", "a block in tasks/_base"),
-    "a block outside _base": (("protocol:", "extends: [../../secret]\nprotocol:"), "extends.0", "a block in tasks/_base"),
-}  # fmt: skip
+    "a block that is not there": (
+        ("protocol:", "extends: [nowhere]\nprotocol:"),
+        "extends.0",
+        "a block in tasks/_base",
+    ),
+    "a block outside _base": (
+        ("protocol:", "extends: [../../secret]\nprotocol:"),
+        "extends.0",
+        "a block in tasks/_base",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -165,9 +239,23 @@ def test_a_broken_task_is_refused_with_file_key_found_and_allowed(checkout, name
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"# only a comment\n", b"\x00\xff\xfe\x80garbage", "käse".encode("latin-1"), b"- a\n- list\n", b"just text\n", b"a: [1, 2\n",
-     b"a: 1\n---\nb: 2\n", b"\t- tab", b"a: b: c\n", b"{" * 5000, b"? [a, b]\n: c\n", b"<<: {a: 1}\n", b"a: 1\n" * 300_000],
-)  # fmt: skip
+    [
+        b"",
+        b"# only a comment\n",
+        b"\x00\xff\xfe\x80garbage",
+        "käse".encode("latin-1"),
+        b"- a\n- list\n",
+        b"just text\n",
+        b"a: [1, 2\n",
+        b"a: 1\n---\nb: 2\n",
+        b"\t- tab",
+        b"a: b: c\n",
+        b"{" * 5000,
+        b"? [a, b]\n: c\n",
+        b"<<: {a: 1}\n",
+        b"a: 1\n" * 300_000,
+    ],
+)
 def test_files_that_are_no_task_are_refused_and_never_crash(checkout, content):
     path = checkout()
     path.write_bytes(content)
@@ -183,10 +271,21 @@ def test_an_alias_bomb_is_refused_before_it_is_expanded(checkout):
 
 
 def test_every_error_of_a_file_comes_at_once(checkout):
-    names = ["duplicate key", "1e-6 as text", "unknown metric", "accept covers everything", "unknown reducer", "missing baseline",
-             "control without its prefix", "id and file name"]  # fmt: skip
+    names = [
+        "duplicate key",
+        "1e-6 as text",
+        "unknown metric",
+        "accept covers everything",
+        "unknown reducer",
+        "missing baseline",
+        "control without its prefix",
+        "id and file name",
+    ]
     edits = [BROKEN[name][0] for name in names]
-    edits = [edit if edit[0] != "accept: [16" else ("accept: [0, null]", "reducer: max\n    accept: [0, null]") for edit in edits]
+    edits = [
+        edit if edit[0] != "accept: [16" else ("accept: [0, null]", "reducer: max\n    accept: [0, null]")
+        for edit in edits
+    ]
     keys = [error.key for error in errors_of(checkout(*edits))]
     for name in names:
         assert any(key.startswith(BROKEN[name][1]) for key in keys), (name, keys)
@@ -201,9 +300,13 @@ def test_task_errors_read_as_one_error_and_list_all(checkout):
 
 def test_blocks_merge_in_order_lists_replace_and_the_task_wins(checkout):
     base = Path("tasks/_base")
-    (base / "one.yaml").write_text("rollout: {max_tokens: 1, top_p: 0.5}\nmetrics: [k1_nats_per_token, k2_nats_per_token]\n")
+    (base / "one.yaml").write_text(
+        "rollout: {max_tokens: 1, top_p: 0.5}\nmetrics: [k1_nats_per_token, k2_nats_per_token]\n"
+    )
     (base / "two.yaml").write_text("rollout: {top_p: 0.7}\nmetrics: [prob_diff_mean]\n")
-    path = checkout(("protocol:", "extends: [one, two]\nprotocol:"), ("metrics: [k3_nats_per_token]\n", ""), (", top_p: 1.0", ""))
+    path = checkout(
+        ("protocol:", "extends: [one, two]\nprotocol:"), ("metrics: [k3_nats_per_token]\n", ""), (", top_p: 1.0", "")
+    )
     task = load_task(path)
     assert (task.rollout.max_tokens, task.rollout.top_p, task.metrics) == (64, 0.7, ("prob_diff_mean",))
 
@@ -257,9 +360,9 @@ def test_deep_merge_leaves_its_arguments_alone():
 
 
 def test_plain_files_mean_what_a_yaml_1_1_reader_makes_of_them():
-    text = "a: [1, -2, 0, 1.5, 1.0e-6, -1.5e+3, true, false, null, ~, '5', word, -]\nb: {c: 'x y', d: |\n  line\n}\n".replace("|\n  line\n", "z")
-    value, errors = parse_yaml(text.replace(", -]", "]"), "x")
-    assert errors == [] and value == yaml.safe_load(text.replace(", -]", "]"))
+    text = "a: [1, -2, 0, 1.5, 1.0e-6, -1.5e+3, true, false, null, ~, '5', word]\nb: {c: 'x y', d: z}\n"
+    value, errors = parse_yaml(text, "x")
+    assert errors == [] and value == yaml.safe_load(text)
 
 
 def test_a_task_outside_a_checkout_needs_one(tmp_path, monkeypatch):
@@ -269,7 +372,9 @@ def test_a_task_outside_a_checkout_needs_one(tmp_path, monkeypatch):
 
 
 def test_the_json_schema_in_the_repository_is_current():
-    assert (REPO / "tasks" / "schema.json").read_text() == json_schema(), "run: python -m suite.task > tasks/schema.json"
+    assert (REPO / "tasks" / "schema.json").read_text() == json_schema(), (
+        "run: python -m suite.task > tasks/schema.json"
+    )
 
 
 def test_every_task_of_the_repository_is_valid(monkeypatch):
@@ -281,7 +386,9 @@ def test_every_task_of_the_repository_is_valid(monkeypatch):
 
 def test_a_repository_task_breaks_when_its_baselines_go(tmp_path, monkeypatch):
     for folder in ("tasks", "baselines"):
-        shutil.copytree(REPO / folder, tmp_path / folder, ignore=shutil.ignore_patterns("desk" if folder == "baselines" else "-"))
+        shutil.copytree(
+            REPO / folder, tmp_path / folder, ignore=shutil.ignore_patterns("desk" if folder == "baselines" else "-")
+        )
     (tmp_path / "baselines" / "paper.yaml").write_text("C2: {}\n")
     keys = {error.key for error in errors_of(tmp_path / "tasks" / "paper" / "offline-mismatch.yaml")}
     assert "claims.C1.paper.baseline" in keys
