@@ -24,11 +24,11 @@ def grade_control(evidence: Evidence, control) -> dict:
 
     A/A and null drift: holds if the interval lies within accept, broken only if disjoint from it, else inconclusive. With a single
     seed on either side the interval is the one over prompts. Floor and broken-on-purpose: the point estimate decides, whose
-    distance from the bound is orders of magnitude. verdict: holds | inconclusive | broken | error | not_run.
+    distance from the bound is orders of magnitude. outcome: holds | inconclusive | broken | error | not_run.
     """
     order = ("broken", "error", "not_run", "inconclusive", "holds")
     rows = [_at_point(evidence, control, at) for at in control_points(evidence.task, control)]
-    return min(rows, key=lambda row: order.index(row["verdict"]))
+    return min(rows, key=lambda row: order.index(row["outcome"]))
 
 
 def control_points(task, control) -> list[dict]:
@@ -44,25 +44,25 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
     arms = {name: evidence.arm(name, at) for name in control.contrast.names}
     for name, runs in arms.items():
         if any(run.status == "failed" for run in unfinished(runs)):
-            return row | {"verdict": "error", "reason": f"a run of {name} failed"}
+            return row | {"outcome": "error", "reason": f"a run of {name} failed"}
         if not any(run.status in FINISHED for run in runs):
-            return row | {"verdict": "not_run", "reason": f"no finished run of {name}"}
+            return row | {"outcome": "not_run", "reason": f"no finished run of {name}"}
     finding = _finding(evidence, control, [arms[name] for name in control.contrast.names])
     row |= {"estimate": number(finding.estimate), "interval": pair(finding.interval), "num_seeds": finding.num_seeds}
     if finding.estimate is None:
-        return row | {"verdict": "inconclusive", "reason": finding.problem}
+        return row | {"outcome": "inconclusive", "reason": finding.problem}
     accept = f"accept {region_text(control.accept)}"
     if control.kind not in ON_INTERVALS:
         holds = inside((finding.estimate, finding.estimate), control.accept)
-        return row | {"verdict": "holds" if holds else "broken", "reason": f"{finding.estimate:.4g} {'in' if holds else 'outside'} {accept}"}
+        return row | {"outcome": "holds" if holds else "broken", "reason": f"{finding.estimate:.4g} {'in' if holds else 'outside'} {accept}"}
     if finding.interval is None:
-        return row | {"verdict": "inconclusive", "reason": finding.problem}
+        return row | {"outcome": "inconclusive", "reason": finding.problem}
     shown = f"interval {ends_text(finding.interval)}"
     if inside(finding.interval, control.accept):
-        return row | {"verdict": "holds", "reason": f"{shown} inside {accept}"}
+        return row | {"outcome": "holds", "reason": f"{shown} inside {accept}"}
     if disjoint(finding.interval, control.accept):
-        return row | {"verdict": "broken", "reason": f"{shown} disjoint from {accept}"}
-    return row | {"verdict": "inconclusive", "reason": f"{shown} straddles {accept}"}
+        return row | {"outcome": "broken", "reason": f"{shown} disjoint from {accept}"}
+    return row | {"outcome": "inconclusive", "reason": f"{shown} straddles {accept}"}
 
 
 def _finding(evidence: Evidence, control, arms: list[list]):

@@ -13,6 +13,7 @@ task and records alone: no clock, no order of files, no machine enters it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import suite
@@ -46,8 +47,9 @@ def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
         raise UserError(f"{task.id}: runs of different machines cannot be graded together: {', '.join(fingerprints)}")
     graded = [claim for claim in task.claims if claim.kind != "report"]
     broken = violations(task, runs) + [fault for name in task.needs for fault in _needed_faults(task, name, others.get(name, []))]
-    controls = [grade_control(Evidence(task, runs, others, Levels(0.90, 0.90)), control) for control in task.controls]
-    claims = [_grade_claim(task, claim, runs, others, len(graded), controls, broken) for claim in task.claims]
+    evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned_inputs(task)))
+    controls = [grade_control(evidence, control) for control in task.controls]
+    claims = [_grade_claim(evidence, claim, len(graded), controls, broken) for claim in task.claims]
     verdict, reason = _of_task([row for row in claims if row["kind"] != "report"], controls, everything)
     environment = everything[0].record.get("environment") or {} if everything else {}
     return {
@@ -106,20 +108,21 @@ def summarise_headline(verdicts: list[dict]) -> str:
     return f"{', '.join(parts)} of {len(rows)} claims; by chance alone at most {chance:.2g} false passes expected"
 
 
-def _grade_claim(task, claim, runs: list, others: dict, num_graded: int, controls: list[dict], broken: list[tuple[str, str]]) -> dict:
-    if claim.kind == "report" and claim.id not in task.grade:
+def _grade_claim(evidence: Evidence, claim, num_graded: int, controls: list[dict], broken: list[tuple[str, str]]) -> dict:
+    if claim.kind == "report" and claim.id not in evidence.task.grade:
         return _bare_row(claim)
-    grade = require_grade(task, claim)
+    grade = require_grade(evidence.task, claim)
     stated = grade.interval.level if grade.interval else 0.90
-    evidence = Evidence(task, runs, others, Levels.split(stated, num_graded))
-    findings, region = findings_of(evidence, claim, grade)
-    row = claim_row(claim, grade, findings, region, display_interval(evidence, claim, grade))
+    evidence = replace(evidence, levels=Levels.split(stated, num_graded))
+    compared = findings_of(evidence, claim, grade)
+    row = claim_row(claim, grade, compared, display_interval(evidence, claim, grade))
     if claim.kind == "report":
         return row | {"verdict": None, "reason": "reported, not graded", "resolve": "", "consistent_with_paper": None}
     missing = _nothing_to_judge(evidence, grade)
-    judgement = missing or _capped(task, evidence, grade, judge(findings, region, grade, claim.kind), controls)
-    faults = [line for arm, line in broken if arm in grade.contrast.names]
-    faults += [f"{control['name']}: {control['reason']}" for control in controls if control["verdict"] == "broken"]
+    judgement = missing or _capped(evidence, grade, judge(compared, grade, claim.kind), controls)
+    guards = [control["name"] for control in controls]
+    faults = [line for arm, line in broken if arm in grade.contrast.names or arm in guards]
+    faults += [f"{control['name']}: {control['reason']}" for control in controls if control["outcome"] == "broken"]
     if faults:
         judgement = Judgement("INVALID", "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""))
     return row | {"verdict": judgement.verdict, "reason": judgement.reason, "resolve": judgement.resolve}
@@ -140,20 +143,19 @@ def _nothing_to_judge(evidence: Evidence, grade) -> Judgement | None:
     return None
 
 
-def _capped(task, evidence: Evidence, grade, judgement: Judgement, controls: list[dict]) -> Judgement:
+def _capped(evidence: Evidence, grade, judgement: Judgement, controls: list[dict]) -> Judgement:
     """What holds a verdict at INCONCLUSIVE: both ways for a weak tolerance or an unpinned input, a PASS only for the rest."""
     if judgement.verdict in ("PASS", "FAIL"):
         if grade.tolerance is not None and grade.tolerance.level == WEAK_TOLERANCE:
             return _cap(judgement, "weak_tolerance: its level is P5, judgement", "a tolerance with a better source")
-        unpinned = unpinned_inputs(task)
-        if unpinned:
-            return _cap(judgement, f"unpinned_input: {', '.join(unpinned)} unknown", "pin it in the task file")
+        if evidence.unpinned:
+            return _cap(judgement, f"unpinned_input: {', '.join(evidence.unpinned)} unknown", "pin it in the task file")
     if judgement.verdict == "PASS":
         if skips := too_many_skips(evidence, grade):
             return _cap(judgement, skips, "a smaller loss scale or learning rate")
-        unsure = [control for control in controls if control["verdict"] != "holds"]
+        unsure = [control for control in controls if control["outcome"] != "holds"]
         if unsure:
-            text = "; ".join(f"{control['name']} {control['verdict']} ({control['reason']})" for control in unsure)
+            text = "; ".join(f"{control['name']} {control['outcome']} ({control['reason']})" for control in unsure)
             return _cap(judgement, f"controls: {text}", "run the controls, or more seeds of them")
     return judgement
 
@@ -169,8 +171,8 @@ def _of_task(graded: list[dict], controls: list[dict], runs: list) -> tuple[str,
     if not graded:
         return "INCONCLUSIVE", "no claim of this task is graded: it only reports"
     words = [row["verdict"] for row in graded]
-    broken = [control for control in controls if control["verdict"] in ("broken", "error")]
-    words += ["INVALID" if control["verdict"] == "broken" else "ERROR" for control in broken]
+    broken = [control for control in controls if control["outcome"] in ("broken", "error")]
+    words += ["INVALID" if control["outcome"] == "broken" else "ERROR" for control in broken]
     word = next(word for word in ORDER if word in words)
     if word == "PASS":
         return word, f"all {len(graded)} graded claims pass and the controls hold"

@@ -15,6 +15,7 @@ NOT_REPRODUCED = "not_reproduced_on_this_hardware"
 MOST_SKIPPED = 0.05  # share of skipped steps after warm-up above which a run cannot pass as stable
 EVENT_ACCEPT = {"collapses": (0.5, 1.0), "stable": (0.0, 0.5)}
 Region = tuple[float | None, float | None]
+Compared = tuple[Finding, Region]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Evidence:
     runs: list
     other_runs: dict
     levels: Levels
+    unpinned: tuple[str, ...] = ()  # revisions and hashes that the task file leaves unknown
 
     def arm(self, name: str, at: dict) -> list:
         return arm_runs(self.task, self.runs, name, at, self.other_runs)
@@ -45,47 +47,59 @@ def disjoint(ends: tuple[float, float], region: Region) -> bool:
     return (region[0] is not None and ends[1] < region[0]) or (region[1] is not None and ends[0] > region[1])
 
 
-def findings_of(evidence: Evidence, claim, grade) -> tuple[list[Finding], Region]:
-    """Every comparison that a claim makes, and the region each must lie in. One comparison, except for an order of several arms.
-
-    An ordering asks each later arm to exceed the one before it by its margin: a share of it where levels are compared on a log scale,
-    an amount otherwise. Arms that do not differ therefore fail it. With `accept` in the file, that region holds for every pair.
-    """
+def findings_of(evidence: Evidence, claim, grade) -> list[Compared]:
+    """Every comparison that a claim makes, each with the region that it must lie in: one, except for an order of several arms."""
     contrast, levels = grade.contrast, evidence.levels
     found = {name: launches(evidence.task.protocol, evidence.arm(name, grade.at), grade) for name in contrast.names}
     arms = [found[name] for name in contrast.names]
     if contrast.form == "order":
-        form = "ratio" if scale_of(grade.estimand) == "log" or grade.reducer == "time_to_event" else "difference"
-        pairs = itertools.pairwise(contrast.names) if claim.kind == "ordering" else itertools.combinations(contrast.names, 2)
-        pairs = [(low, high) for low, high in pairs]
-        compared = [
-            contrasts.contrast_of(f"{high} / {low}" if form == "ratio" else f"{high} - {low}", form, found[high], found[low], grade, levels)
-            for low, high in pairs
-        ]
-        margin = contrast.margin or 0.0
-        return compared, grade.accept or ((1.0 + margin if form == "ratio" else margin), None)
+        return _in_order(found, claim, grade, levels)
     label = {"arm": "{0}", "ratio": "{0} / {1}", "difference": "{0} - {1}"}[contrast.form].format(*contrast.names)
     if claim.kind == "count" or (grade.interval and grade.interval.method == "exact"):
-        return [contrasts.exact(label, arms[0])], grade.accept
+        return [(contrasts.exact(label, arms[0]), grade.accept)]
     if claim.kind == "event" and grade.reducer != "time_to_event":
         one = contrast.form == "arm"
         shares = contrasts.share_of_seeds(label, arms[0], levels) if one else contrasts.difference_of_shares(label, *arms, levels)
-        return [shares], grade.accept or (EVENT_ACCEPT[grade.event.expect] if one else None)
+        return [(shares, grade.accept or (EVENT_ACCEPT[grade.event.expect] if one else None))]
     if contrast.form == "arm":
-        return [contrasts.level_of(label, arms[0], grade, levels)], grade.accept
-    return [contrasts.contrast_of(label, contrast.form, *arms, grade, levels)], grade.accept
+        return [(contrasts.level_of(label, arms[0], grade, levels), grade.accept)]
+    return [(contrasts.contrast_of(label, contrast.form, *arms, grade, levels), grade.accept)]
 
 
-def judge(findings: list[Finding], region: Region, grade, kind: str) -> Judgement:
-    """PASS if every interval lies inside the region, FAIL if one is disjoint from it, else INCONCLUSIVE; one Judgement for all."""
-    each = [_judge_one(finding, region, grade, kind) for finding in findings]
-    for word in ("FAIL", "INCONCLUSIVE", "PASS"):
-        chosen = [(finding, one) for finding, one in zip(findings, each, strict=True) if one.verdict == word]
-        if chosen:
-            several = len(findings) > 1 and word != "PASS"
-            reason = "; ".join(f"{finding.label}: {one.reason}" if several else one.reason for finding, one in chosen)
-            return Judgement(word, reason if several or word != "PASS" else each[0].reason, chosen[0][1].resolve)
-    raise AssertionError("a claim compares nothing")
+def order_form(grade) -> str:
+    """How two arms of an order are compared: by their ratio where levels live on a log scale, else by their difference."""
+    return "ratio" if scale_of(grade.estimand) == "log" or grade.reducer == "time_to_event" else "difference"
+
+
+def order_regions(num_arms: int, margin: float, form: str) -> list[Region]:
+    """The region of each adjacent pair, the later arm against the earlier one.
+
+    Two arms tie if they differ by no more than the margin (a share of the earlier one, or an amount for differences). The first and the
+    last of an order are its content: the pairs at both ends must differ by more than the margin, so that arms without any difference
+    fail. Neighbours inside may tie.
+    """
+    apart, tied = (1.0 + margin, 1.0 / (1.0 + margin)) if form == "ratio" else (margin, -margin)
+    return [(apart if i in (0, num_arms - 2) else tied, None) for i in range(num_arms - 1)]
+
+
+def _in_order(found: dict, claim, grade, levels: Levels) -> list[Compared]:
+    form, names = order_form(grade), grade.contrast.names
+    sign = {"ratio": "/", "difference": "-"}[form]
+    pairs = list(itertools.pairwise(names) if claim.kind != "equivalence" else itertools.combinations(names, 2))
+    regions = [grade.accept] * len(pairs) if grade.accept else order_regions(len(names), grade.contrast.margin or 0.0, form)
+    return [
+        (contrasts.contrast_of(f"{later} {sign} {earlier}", form, found[later], found[earlier], grade, levels), region)
+        for (earlier, later), region in zip(pairs, regions, strict=True)
+    ]
+
+
+def judge(compared: list[Compared], grade, kind: str) -> Judgement:
+    """PASS if every interval lies inside its region, FAIL if one is disjoint from it, else INCONCLUSIVE; one Judgement for all."""
+    each = [(finding, _judge_one(finding, region, grade, kind)) for finding, region in compared]
+    word = next(word for word in ("FAIL", "INCONCLUSIVE", "PASS") if any(one.verdict == word for _, one in each))
+    chosen = [(finding, one) for finding, one in each if one.verdict == word]
+    reasons = [f"{finding.label}: {one.reason}" if len(compared) > 1 else one.reason for finding, one in chosen]
+    return Judgement(word, "; ".join(reasons), chosen[0][1].resolve)
 
 
 def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
@@ -153,25 +167,24 @@ def too_many_skips(evidence: Evidence, grade) -> str:
     return f"skipped_steps: {worst.arm} seed {worst.seed} skipped {skipped_share(worst):.1%} of its steps after warm-up"
 
 
-def weakest(findings: list[Finding], region: Region) -> Finding:
-    """The comparison that stands for a claim of several: the one nearest to leaving the region, or the one without a value."""
+def weakest(compared: list[Compared]) -> Compared:
+    """The comparison that stands for a claim of several: the one nearest to leaving its region, or the one without a value."""
 
-    def room(finding: Finding) -> float:
+    def room(one: Compared) -> float:
+        finding, region = one
         if finding.estimate is None:
             return -math.inf
         ends = [finding.estimate - region[0]] if region and region[0] is not None else []
         ends += [region[1] - finding.estimate] if region and region[1] is not None else []
         return min(ends, default=math.inf)
 
-    return min(findings, key=room)
+    return min(compared, key=room)
 
 
-def claim_row(claim, grade, findings: list[Finding], region: Region, display: tuple[float, float] | None) -> dict:
+def claim_row(claim, grade, compared: list[Compared], display: tuple[float, float] | None) -> dict:
     """The fields of a claim in verdict.json that do not depend on its verdict."""
-    shown = weakest(findings, region)
-    form = grade.contrast.form
-    if form == "order":
-        form = "ratio" if " / " in shown.label else "difference"
+    shown, region = weakest(compared)
+    form = order_form(grade) if grade.contrast.form == "order" else grade.contrast.form
     event_share = claim.kind == "event" and grade.reducer != "time_to_event"
     band = grade.remark_band
     return {
@@ -193,19 +206,20 @@ def claim_row(claim, grade, findings: list[Finding], region: Region, display: tu
         "num_seeds": shown.num_seeds,
         "per_seed": [row | {"value": number(row["value"])} for row in shown.per_seed],
         "pairs": [
-            {"label": one.label, "estimate": number(one.estimate), "interval": pair(one.interval), "num_seeds": one.num_seeds}
-            for one in findings
-        ] if len(findings) > 1 else [],
+            {"label": one.label, "estimate": number(one.estimate), "interval": pair(one.interval), "accept": list(its) if its else None,
+             "num_seeds": one.num_seeds}
+            for one, its in compared
+        ] if len(compared) > 1 else [],
         "remark": remark(shown.estimate, band) if band else None,
-        "consistent_with_paper": consistent(findings, region),
+        "consistent_with_paper": consistent(compared),
     }
 
 
-def consistent(findings: list[Finding], region: Region | None) -> bool | None:
-    """Whether every estimate lies in the accept region, whatever its interval says; None without an estimate or a region."""
-    if region is None or any(finding.estimate is None for finding in findings):
+def consistent(compared: list[Compared]) -> bool | None:
+    """Whether every estimate lies in its accept region, whatever the intervals say; None without an estimate or a region."""
+    if any(region is None or finding.estimate is None for finding, region in compared):
         return None
-    return all(inside((finding.estimate, finding.estimate), region) for finding in findings)
+    return all(inside((finding.estimate, finding.estimate), region) for finding, region in compared)
 
 
 def remark(estimate: float | None, band: Region) -> str | None:

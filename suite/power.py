@@ -11,7 +11,7 @@ import math
 
 from suite import stats
 from suite.contrasts import Levels
-from suite.judge import EVENT_ACCEPT, Evidence, findings_of, inside
+from suite.judge import EVENT_ACCEPT, Evidence, findings_of, inside, order_form, order_regions
 from suite.launches import FINISHED, scale_of
 from suite.validate import unpinned_inputs
 
@@ -68,26 +68,25 @@ def _event_power(grade, num_seeds: int, levels: Levels) -> dict:
 
 
 def _interval_power(task, claim, grade, num_seeds: int, levels: Levels, runs: list) -> dict:
-    form = grade.contrast.form
-    if form == "order":
-        form = "ratio" if scale_of(grade.estimand) == "log" else "difference"
+    ordered = grade.contrast.form == "order"
+    form = order_form(grade) if ordered else grade.contrast.form
     scale = _scale(grade, form)
-    region = grade.accept or _order_region(grade, form)
-    to = lambda value: None if value is None else _to(value, scale)  # noqa: E731
-    sd, source = _sd(task, claim, grade, form, region, runs)
-    right, null = _right(claim, region, scale, sd), _null(grade, form, region, scale, sd)
+    regions = [grade.accept]
+    if ordered:
+        num_arms = len(grade.contrast.order)
+        regions = [grade.accept] * (num_arms - 1) if grade.accept else order_regions(num_arms, grade.contrast.margin or 0.0, form)
+    sd, source = _sd(task, claim, grade, form, regions[0], runs)
+    right = _right(claim, regions[0], scale, sd)
+    null = 0.0 if ordered else _null(grade, form, regions[0], scale, sd)
     over_prompts = grade.interval is not None and grade.interval.method == "within_run"
-    num = PROMPT_NUM if over_prompts else num_seeds
-    spread = sd * math.sqrt(PROMPT_NUM) if over_prompts else sd
-    ends = tuple(to(end) for end in region)
-    passes, fails = stats.p_inside(right, spread, num, ends, levels.stated), stats.p_disjoint(null, spread, num, ends, levels.strict)
-    if grade.contrast.form == "order":  # pairs are taken as independent; one wrong pair is enough for a FAIL
-        pairs = len(grade.contrast.order) - 1
-        passes, fails = passes**pairs, 1 - (1 - fails) ** pairs
-    if num_seeds < 2:
-        fails = 0.0
-    back = lambda value: stats.from_scale(value, scale)  # noqa: E731
-    return _row(num_seeds, scale, sd, source, back(right), back(null), passes, fails)
+    num, spread = (PROMPT_NUM, sd * math.sqrt(PROMPT_NUM)) if over_prompts else (num_seeds, sd)
+    passes, spared = 1.0, 1.0  # pairs of an order are taken as independent
+    for region in regions:
+        ends = tuple(None if end is None else _to(end, scale) for end in region)
+        passes *= stats.p_inside(right, spread, num, ends, levels.stated)
+        spared *= 1 - stats.p_disjoint(null, spread, num, ends, levels.strict)
+    fails = 1 - spared if num_seeds > 1 else 0.0
+    return _row(num_seeds, scale, sd, source, stats.from_scale(right, scale), stats.from_scale(null, scale), passes, fails)
 
 
 def _scale(grade, form: str) -> str:
@@ -96,11 +95,6 @@ def _scale(grade, form: str) -> str:
     if form == "difference" or grade.reducer == "log_ratio":
         return "identity"
     return "log" if grade.reducer == "time_to_event" else scale_of(grade.estimand)
-
-
-def _order_region(grade, form: str):
-    margin = grade.contrast.margin or 0.0
-    return (1.0 + margin if form == "ratio" else margin), None
 
 
 def _to(value: float, scale: str) -> float | None:
@@ -112,8 +106,8 @@ def _to(value: float, scale: str) -> float | None:
 def _sd(task, claim, grade, form: str, region, runs: list) -> tuple[float, str]:
     finished = [run for run in runs if run.status in FINISHED]
     if finished and all(any(run.arm == name for run in finished) for name in grade.contrast.names):
-        findings, _ = findings_of(Evidence(task, finished, {}, Levels(0.90, 0.90)), claim, grade)
-        spreads = [finding.spread for finding in findings if finding.spread]
+        compared = findings_of(Evidence(task, finished, {}, Levels(0.90, 0.90)), claim, grade)
+        spreads = [finding.spread for finding, _ in compared if finding.spread]
         if spreads:
             return max(spreads), "spread between launches in the runs at hand"
     if (grade.estimand, form) in PLANNING_SD:
@@ -152,6 +146,10 @@ def _null(grade, form: str, region, scale: str, sd: float) -> float:
 
 def _row(num_seeds, scale, sd, source, right, null, passes, fails) -> dict:
     return {
-        "num_seeds": num_seeds, "scale": scale, "sd": sd, "sd_source": source, "true_value": right, "null_value": null,
+        "num_seeds": num_seeds, "scale": scale, "sd": sd, "sd_source": source, "true_value": _short(right), "null_value": _short(null),
         "p_pass_if_true": round(float(passes), 4), "p_fail_if_null": round(float(fails), 4), "note": "",
     }  # fmt: skip
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
