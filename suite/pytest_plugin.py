@@ -1,4 +1,4 @@
-"""Collects tasks/**/*.yaml as pytest items. Registered through the pytest11 entry point; does nothing outside a checkout.
+"""Collects tasks/**/*.yaml as pytest items. Registered through the pytest11 entry point; idle outside a checkout.
 
 Without --bench an item passes if and only if its task validates and every verdict published for it, recomputed from
 the published records, equals the published one. Its letter is the published verdict: a published FAIL is a result, and
@@ -37,7 +37,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): tests of one group run on one xdist worker (--dist loadgroup)")
+    config.addinivalue_line(
+        "markers", "xdist_group(name): tests of one group run on one xdist worker (--dist loadgroup)"
+    )
 
 
 def pytest_collect_file(file_path: Path, parent):

@@ -1,7 +1,7 @@
 """A checkout in miniature for the tests of report, verify and the pytest plugin: one small task, and runs made by hand.
 
-The log-probabilities are drawn so that the outcome is known: log pi - log mu is normal with standard deviation 2^-5 (bf16)
-and 2^-8 (fp16) per token, so that k3 is about its square over 2 and the ratio of the two arms is 64.
+The log-probabilities are drawn so that the outcome is known: log pi - log mu is normal with standard deviation 2^-5
+(bf16) and 2^-8 (fp16) per token, so that k3 is about its square over 2 and the ratio of the two arms is 64.
 """
 
 from __future__ import annotations
@@ -87,11 +87,18 @@ def evidence(noise: float, seed: int, num_prompts: int = 6, samples: int = 8) ->
 
 def sums_of(table: pa.Table) -> dict[str, np.ndarray]:
     lengths = [len(row) for row in table["rollout_logprobs"].to_pylist()]
-    flat = [np.concatenate([np.asarray(x, np.float64) for x in table[c].to_pylist()]) for c in ("rollout_logprobs", "trainer_logprobs")]
-    return prompt_sums(table["prompt_id"].to_pylist(), lengths, *flat, np.ones(table.num_rows), np.zeros(table.num_rows, bool))
+    flat = [
+        np.concatenate([np.asarray(x, np.float64) for x in table[c].to_pylist()])
+        for c in ("rollout_logprobs", "trainer_logprobs")
+    ]
+    return prompt_sums(
+        table["prompt_id"].to_pylist(), lengths, *flat, np.ones(table.num_rows), np.zeros(table.num_rows, bool)
+    )
 
 
-def make_runs(repo: Path, environment: dict | None = None, fresh: bool = False, noise: dict = NOISE, task: str = "desk-tiny") -> list:
+def make_runs(
+    repo: Path, environment: dict | None = None, fresh: bool = False, noise: dict = NOISE, task: str = "desk-tiny"
+) -> list:
     """Every cell of the task as a finished run below repo/runs, written by the real writer."""
     task = load_task(repo / "tasks" / "desk" / f"{task}.yaml")
     return [_make_run(repo / "runs", task, cell, environment or {"os": "test"}, fresh, noise) for cell in plan(task)]
@@ -106,6 +113,10 @@ def _make_run(runs_root: Path, task, cell, environment: dict, fresh: bool, noise
     sums = sums_of(table)
     now = {name: float(value) for name, value in estimates(sums).items()}
     writer.append({"step": 0, **now}, table)
-    counts = {"num_prompts": 6, "num_rollouts": table.num_rows, "num_response_tokens": int(sums["num_response_tokens"].sum())}
+    counts = {
+        "num_prompts": 6,
+        "num_rollouts": table.num_rows,
+        "num_response_tokens": int(sums["num_response_tokens"].sum()),
+    }
     executed = {"compute": cell.get("precision.train"), "rollout_weights": cell.get("precision.rollout")}
     return writer.finish("success", summary=sums, counts=counts, series_summary=now, precision_executed=executed)

@@ -1,4 +1,4 @@
-"""Task files as pytest items: letters are verdicts, and what fails a session is a verdict that does not come out again."""
+"""Task files as pytest items: letters are verdicts, and a verdict that does not come out again fails."""
 
 import json
 import os
@@ -129,7 +129,8 @@ def test_a_task_that_does_not_validate_fails_with_file_and_key(checkout, run):
 @pytest.mark.parametrize(
     "verdict, letter, code, words",
     [
-        ("PASS", ".", 0, "1 passed"), ("FAIL", "F", 1, "1 failed"), ("INVALID", "I", 1, "1 failed"), ("ERROR", "E", 1, "1 error"),
+        ("PASS", ".", 0, "1 passed"), ("FAIL", "F", 1, "1 failed"), ("INVALID", "I", 1, "1 failed"),
+        ("ERROR", "E", 1, "1 error"),
         ("INCONCLUSIVE", "?", 0, "1 INCONCLUSIVE"), ("NOT_RUN", "n", 0, "1 NOT_RUN"), ("SILENT", "E", 1, "1 error"),
     ],
 )  # fmt: skip
@@ -142,7 +143,9 @@ def test_with_bench_the_verdict_is_the_outcome(run, bench_task, verdict, letter,
 
 def test_with_bench_a_failure_shows_the_output_of_the_run(run, bench_task):
     bench_task("FAIL")
-    run("--bench").stdout.fnmatch_lines(["desk-tiny: FAIL (exit code 1): VERDICT task=desk-tiny*", "*some output of the run*"])
+    run("--bench").stdout.fnmatch_lines(
+        ["desk-tiny: FAIL (exit code 1): VERDICT task=desk-tiny*", "*some output of the run*"]
+    )
 
 
 @pytest.mark.parametrize("bench", [False, True])
@@ -165,5 +168,10 @@ def test_two_workers_agree_with_one_and_bench_items_share_a_worker(checkout, run
 def test_collection_imports_nothing_heavy():
     heavy = "('torch', 'vllm', 'transformers', 'numpy', 'pyarrow', 'matplotlib', 'pydantic')"
     code = f"import sys, suite.pytest_plugin; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

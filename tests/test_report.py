@@ -1,4 +1,4 @@
-"""Publishing, tables, figures and the page: nothing private gets out, nothing is hidden, the same records give the same bytes."""
+"""Publishing, tables, figures and the page: nothing private gets out, nothing is hidden, same records, same bytes."""
 
 import csv
 import dataclasses
@@ -30,7 +30,11 @@ HOST, USER = "builder-17.lab.example", "someuser"
 def shared(tmp_path_factory):
     """A checkout with one published task, made once; tests that change something take a copy."""
     repo = fakes.checkout(tmp_path_factory.mktemp("report") / "checkout")
-    private = {"hostname": HOST, "engine": {"path": "/opt/engines/vllm/python"}, "note": f"on {HOST} ({HOST.split('.')[0]}) by {USER}"}
+    private = {
+        "hostname": HOST,
+        "engine": {"path": "/opt/engines/vllm/python"},
+        "note": f"on {HOST} ({HOST.split('.')[0]}) by {USER}",
+    }
     fakes.make_runs(repo, private)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(repo)
@@ -53,9 +57,11 @@ def folder_of(repo):
 
 
 def row(**changes) -> rows.Row:
-    plain = dict(claim="C1", claim_id="C1-a", statement="s", kind="ratio", task="t", title="T", tier="desk", fingerprint="cpu",
+    plain = dict(claim="C1", claim_id="C1-a", statement="s", kind="ratio", task="t", title="T", tier="desk",
+                 fingerprint="cpu",
                  estimand="k3_nats_per_token", unit="ratio", estimate=58.0, interval=[50.0, 66.0], accept=[16.0, None],
-                 paper_value=None, paper_unit="", paper_source="", num_seeds=3, verdict="PASS", reason="", consistent_with_paper=None,
+                 paper_value=None, paper_unit="", paper_source="", num_seeds=3, verdict="PASS", reason="",
+                 consistent_with_paper=None,
                  chance=0.05)  # fmt: skip
     return rows.Row(**(plain | changes))
 
@@ -128,7 +134,9 @@ def test_another_run_never_overwrites_a_published_one(repo):
 
 def test_unfinished_limited_and_older_runs_are_not_published(repo):
     shutil.rmtree(repo / "results")
-    for record, change in zip(sorted((repo / "runs").rglob("record.json")), ({"status": "running"}, {"limit": 4}, {"task": None})):
+    for record, change in zip(
+        sorted((repo / "runs").rglob("record.json")), ({"status": "running"}, {"limit": 4}, {"task": None})
+    ):
         value = json.loads(record.read_text())
         change = change if "task" not in change else {"task": value["task"] | {"version": 99}}
         record.write_text(json.dumps(value | change))
@@ -140,7 +148,9 @@ def test_a_failed_run_is_published_and_gives_way_to_its_own_resumption(repo):
     shutil.rmtree(repo / "results")
     record = next((repo / "runs").rglob("record.json"))
     good = json.loads(record.read_text())
-    record.write_text(json.dumps(good | {"status": "failed", "error": {"class": "X", "phase": "score", "message": "m"}}))
+    record.write_text(
+        json.dumps(good | {"status": "failed", "error": {"class": "X", "phase": "score", "message": "m"}})
+    )
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
     assert json.loads((folder_of(repo) / "verdict.json").read_text())["verdict"] == "ERROR"
     record.write_text(json.dumps(good))
@@ -170,7 +180,9 @@ def test_metrics_are_zipped_without_time_or_name(repo):
 
 def test_a_published_task_is_small(repo):
     sizes = [path.stat().st_size for path in folder_of(repo).rglob("*") if path.is_file()]
-    per_cell = max(sum(p.stat().st_size for p in run.folder.iterdir()) for run in find_runs(repo / "results", "desk-tiny"))
+    per_cell = max(
+        sum(p.stat().st_size for p in run.folder.iterdir()) for run in find_runs(repo / "results", "desk-tiny")
+    )
     assert per_cell < 85_000 and sum(sizes) < 1_000_000  # 30 cells and their figures stay below 3 MB
 
 
@@ -180,7 +192,10 @@ def test_a_published_task_is_small(repo):
 def test_points_hold_the_tail_all_sequences_and_exact_bins(repo):
     run = find_runs(repo / "runs", "desk-tiny")[0]
     table = pq.read_table(run.folder / "evidence" / "part-00000.parquet")
-    mu, pi = (np.exp(np.concatenate(table[name].to_pylist()).astype(float)) for name in ("rollout_logprobs", "trainer_logprobs"))
+    mu, pi = (
+        np.exp(np.concatenate(table[name].to_pylist()).astype(float))
+        for name in ("rollout_logprobs", "trainer_logprobs")
+    )
     found = points.plot_points(run.folder / "evidence")
     tail = found["token"]["is_tail"]
     shown = np.abs(found["token"]["pi"] - found["token"]["mu"])
@@ -211,7 +226,9 @@ def test_points_do_not_depend_on_how_evidence_is_split_except_for_the_sample(tmp
 def test_an_empty_response_is_a_point_of_length_zero(tmp_path):
     table = fakes.evidence(2.0**-5, seed=0).slice(0, 2).to_pylist()
     table[0] |= {"rollout_logprobs": [], "trainer_logprobs": []}
-    pq.write_table(fakes.pa.Table.from_pylist(table, schema=fakes.record.EVIDENCE_SCHEMA), tmp_path / "part-00000.parquet")
+    pq.write_table(
+        fakes.pa.Table.from_pylist(table, schema=fakes.record.EVIDENCE_SCHEMA), tmp_path / "part-00000.parquet"
+    )
     found = points.plot_points(tmp_path)["sequence"]
     assert found["num_tokens"][0] == 0 and found["seq_log_ratio"][0] == 0.0 and found["num_tokens"][1] > 0
 
@@ -231,17 +248,26 @@ def test_points_survive_the_file(tmp_path, repo):
 
 
 def test_rows_are_ordered_by_tier_then_by_claim_number_never_by_verdict():
-    mixed = [row(claim="C10", tier="desk"), row(claim="C2", tier="desk", verdict="FAIL"), row(claim="C19", tier="paper", verdict="NOT_RUN"),
+    mixed = [row(claim="C10", tier="desk"), row(claim="C2", tier="desk", verdict="FAIL"),
+             row(claim="C19", tier="paper", verdict="NOT_RUN"),
              row(claim="C1", tier="node", verdict="INCONCLUSIVE")]  # fmt: skip
     ordered = sorted(mixed, key=lambda r: r.order)
     assert [(r.tier, r.claim) for r in ordered] == [("paper", "C19"), ("node", "C1"), ("desk", "C2"), ("desk", "C10")]
 
 
 def test_headline_counts_every_graded_claim_and_the_false_passes_to_expect():
-    mixed = [row(), row(verdict="FAIL"), row(verdict="INCONCLUSIVE"), row(verdict="NOT_RUN", chance=0.0), row(kind="report", verdict=None, chance=0)]
+    mixed = [
+        row(),
+        row(verdict="FAIL"),
+        row(verdict="INCONCLUSIVE"),
+        row(verdict="NOT_RUN", chance=0.0),
+        row(kind="report", verdict=None, chance=0),
+    ]
     text = "1 PASS, 1 FAIL, 1 INCONCLUSIVE, 1 NOT_RUN of 4 claims; by chance alone at most 0.15 false passes expected"
     assert rows.headline(mixed) == text
-    assert rows.headline([row(verdict="INVALID")]).startswith("0 PASS, 0 FAIL, 0 INCONCLUSIVE, 0 NOT_RUN, 1 INVALID of 1 claims")
+    assert rows.headline([row(verdict="INVALID")]).startswith(
+        "0 PASS, 0 FAIL, 0 INCONCLUSIVE, 0 NOT_RUN, 1 INVALID of 1 claims"
+    )
 
 
 def test_no_verdict_is_hidden_in_any_format():
@@ -264,7 +290,10 @@ def test_claims_of_an_invalid_task_never_show_as_pass(repo):
 
 def test_a_task_never_run_is_a_not_run_row_and_an_older_version_is_stale(repo):
     shutil.rmtree(repo / "results" / "desk-tiny")
-    assert [(r.verdict, r.reason) for r in rows.result_rows(repo / "results", load_all())][0] == ("NOT_RUN", "no published run")
+    assert [(r.verdict, r.reason) for r in rows.result_rows(repo / "results", load_all())][0] == (
+        "NOT_RUN",
+        "no published run",
+    )
 
 
 def test_an_older_version_counts_as_not_run_and_says_so(repo):
@@ -284,7 +313,8 @@ def test_counts_and_exact_claims_cannot_pass_by_chance(repo):
 
 @pytest.mark.parametrize(
     "value, text",
-    [(None, ""), (3, "3"), (11680, "11680"), (58.0398, "58"), (0.000123456, "0.000123"), ([1.5, 2], "1.5, 2"), ("never", "never"),
+    [(None, ""), (3, "3"), (11680, "11680"), (58.0398, "58"), (0.000123456, "0.000123"), ([1.5, 2], "1.5, 2"),
+     ("never", "never"),
      ({"bf16": 7.64}, "bf16 7.64"), (float("inf"), "inf"), (float("nan"), "nan")],
 )  # fmt: skip
 def test_numbers_read_well(value, text):
@@ -292,7 +322,11 @@ def test_numbers_read_well(value, text):
 
 
 def test_open_ends_of_a_region_are_infinite():
-    assert tables.region([16.0, None]) == "[16, ∞)" and tables.region([None, 0.0]) == "(−∞, 0]" and tables.region(None) == ""
+    assert (
+        tables.region([16.0, None]) == "[16, ∞)"
+        and tables.region([None, 0.0]) == "(−∞, 0]"
+        and tables.region(None) == ""
+    )
 
 
 def test_latex_escapes_what_latex_reads():
@@ -307,9 +341,17 @@ def test_csv_holds_full_precision(repo):
 
 
 def test_the_precision_matrix_is_complete_or_absent(repo):
-    arms = "".join(f"  {r}-{t}: {{precision: {{rollout: {r}, train: {t}}}}}\n" for r in tables.PRECISIONS for t in tables.PRECISIONS)
+    arms = "".join(
+        f"  {r}-{t}: {{precision: {{rollout: {r}, train: {t}}}}}\n"
+        for r in tables.PRECISIONS
+        for t in tables.PRECISIONS
+    )
     head, rest = fakes.TASK.split("arms:\n")[0], fakes.TASK[fakes.TASK.index("vary:") :]
-    text = (head + "arms:\n" + arms + rest).replace("desk-tiny", "desk-matrix").replace("[bf16, fp16]}", "[bf16-bf16, fp16-fp16]}")
+    text = (
+        (head + "arms:\n" + arms + rest)
+        .replace("desk-tiny", "desk-matrix")
+        .replace("[bf16, fp16]}", "[bf16-bf16, fp16-fp16]}")
+    )
     fakes.checkout(repo, text.replace("{arm: bf16}", "{arm: bf16-bf16}"), "desk-matrix")
     runs = fakes.make_runs(repo, task="desk-matrix")
     (matrix,) = tables.matrices(runs)
@@ -337,7 +379,13 @@ def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
     (repo / "results" / "results.tex").unlink()
     assert suite.report.report(repo / "results", check=True) == 1
     out = capsys.readouterr().out
-    for text in ("RESULTS.md (different)", "index.html (different)", "figure5.svg (different)", "old.svg (no longer generated)", "results.tex (missing)"):
+    for text in (
+        "RESULTS.md (different)",
+        "index.html (different)",
+        "figure5.svg (different)",
+        "old.svg (no longer generated)",
+        "results.tex (missing)",
+    ):
         assert text in out
     assert all(path.read_text().endswith("edited by hand") for path in edited)
     assert suite.report.report(repo / "results") == 0
@@ -355,7 +403,13 @@ def test_regenerating_never_blesses_a_changed_record(repo):
 def test_figures_are_svg_with_the_exact_numbers_printed_in_them(repo):
     text = (folder_of(repo) / "figures" / "figure5.svg").read_text()
     ElementTree.fromstring(text)
-    for words in ("sampler probability μ", "trainer probability π", "nats per 1K tokens", "KL[μ|π] = ", "144 responses"):
+    for words in (
+        "sampler probability μ",
+        "trainer probability π",
+        "nats per 1K tokens",
+        "KL[μ|π] = ",
+        "144 responses",
+    ):
         assert words in text
     assert text.count("#d55e00") and text.count("#0072b2") and "<dc:date>" not in text
     assert len(text) < 300_000
@@ -366,7 +420,7 @@ def test_the_page_is_self_contained_and_shows_every_row_and_figure(repo):
     assert "1 PASS" in page or "1 INCONCLUSIVE" in page or "1 FAIL" in page
     assert "C1-k3-ratio" in page and "C2-seq" in page and f"desk-tiny/{fakes.FINGERPRINT}/figures/figure5.svg" in page
     assert "Sequence-level KL | as the paper prints it." in page
-    assert "<link" not in page and "src=\"http" not in page and "viewport" in page
+    assert "<link" not in page and 'src="http' not in page and "viewport" in page
 
 
 def test_text_from_tasks_cannot_break_the_page():

@@ -1,4 +1,4 @@
-"""`suite verify` recomputes what is published and names every difference; nothing changed, moved or stale gets through."""
+"""`suite verify` recomputes what is published and names every difference; nothing changed or stale gets through."""
 
 import json
 import shutil
@@ -105,7 +105,9 @@ def test_unlisted_and_missing_files_are_found(repo, how):
     else:
         next(folder_of(repo).rglob("plot_points.parquet")).unlink()
     (line,) = differences(repo)
-    assert ("notes.txt: not in the manifest" if how == "extra" else "plot_points.parquet: in the manifest, but missing") in line
+    assert (
+        "notes.txt: not in the manifest" if how == "extra" else "plot_points.parquet: in the manifest, but missing"
+    ) in line
 
 
 def test_a_run_left_out_after_the_fact_is_found(repo):

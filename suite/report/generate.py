@@ -41,7 +41,9 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
 def _manifest(folder: Path, figures: dict[str, bytes]) -> bytes:
     path = folder / MANIFEST
     lines = path.read_text().splitlines() if path.exists() else []
-    listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines) if not name.startswith("figures/")}
+    listed = {
+        name: digest for digest, name in (line.split("  ", 1) for line in lines) if not name.startswith("figures/")
+    }
     listed |= {name: hashlib.sha256(data).hexdigest() for name, data in figures.items()}
     return "".join(f"{listed[name]}  {name}\n" for name in sorted(listed)).encode()
 
@@ -49,7 +51,10 @@ def _manifest(folder: Path, figures: dict[str, bytes]) -> bytes:
 def _figure_sections(figures: list[tuple[str, str, str, str]]) -> list[str]:
     if not figures:
         return []
-    return ["## Figures", *(f"### {task} on {hardware}\n\n![{text}]({path})\n\n{text}" for task, hardware, path, text in figures)]
+    return [
+        "## Figures",
+        *(f"### {task} on {hardware}\n\n![{text}]({path})\n\n{text}" for task, hardware, path, text in figures),
+    ]
 
 
 def changed_files(results_dir: Path, files: dict[str, bytes]) -> dict[str, str]:

@@ -16,22 +16,32 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Results: does FP16 defeat the training-inference mismatch?</title>
 <style>
-:root { --ink: #1d1d1f; --soft: #5c5c66; --line: #dcdce2; --pass: #00674a; --fail: #a03a00; --open: #6b5900; --none: #5c5c66; }
+:root { --ink: #1d1d1f; --soft: #5c5c66; --line: #dcdce2; --pass: #00674a; --fail: #a03a00; --open: #6b5900;
+--none: #5c5c66; }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem } h3 { font-size: 1rem; margin: 1.5rem 0 .3rem }
-.headline { font-size: 1.15rem; font-weight: 600; margin: .5rem 0 } .soft { color: var(--soft) } ul { padding-left: 1.2rem; margin: .3rem 0 }
-fieldset { border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; padding: .3rem .8rem; display: flex; flex-wrap: wrap; gap: .2rem 1rem }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+background: #fff }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem }
+h3 { font-size: 1rem; margin: 1.5rem 0 .3rem }
+.headline { font-size: 1.15rem; font-weight: 600; margin: .5rem 0 } .soft { color: var(--soft) }
+ul { padding-left: 1.2rem; margin: .3rem 0 }
+fieldset { border: 1px solid var(--line); border-radius: .5rem; margin: 1rem 0; padding: .3rem .8rem;
+display: flex; flex-wrap: wrap; gap: .2rem 1rem }
 legend { color: var(--soft); padding: 0 .3rem } label { white-space: nowrap }
-table { border-collapse: collapse; width: 100%; font-size: .88rem } th { text-align: left; color: var(--soft); font-weight: 600 }
-th, td { border-bottom: 1px solid var(--line); padding: .4rem .5rem .4rem 0; vertical-align: top; overflow-wrap: anywhere }
+table { border-collapse: collapse; width: 100%; font-size: .88rem }
+th { text-align: left; color: var(--soft); font-weight: 600 }
+th, td { border-bottom: 1px solid var(--line); padding: .4rem .5rem .4rem 0; vertical-align: top;
+overflow-wrap: anywhere }
 td.number { font-variant-numeric: tabular-nums } .statement { display: block; color: var(--soft) }
-.verdict { font-weight: 700; white-space: nowrap } .PASS { color: var(--pass) } .FAIL, .ERROR, .INVALID { color: var(--fail) }
+.verdict { font-weight: 700; white-space: nowrap } .PASS { color: var(--pass) }
+.FAIL, .ERROR, .INVALID { color: var(--fail) }
 .INCONCLUSIVE { color: var(--open) } .NOT_RUN, .REPORTED { color: var(--none) }
-figure { margin: 1rem 0 } figure img { width: 100%; max-width: 46rem; height: auto; display: block } figcaption { color: var(--soft); font-size: .9rem }
+figure { margin: 1rem 0 } figure img { width: 100%; max-width: 46rem; height: auto; display: block }
+figcaption { color: var(--soft); font-size: .9rem }
 .matrix { width: auto } .matrix th, .matrix td { padding-right: 1.2rem }
 @media (max-width: 46rem) {
-  table.claims, table.claims tbody, table.claims tr, table.claims td { display: block } table.claims thead { display: none }
+  table.claims, table.claims tbody, table.claims tr, table.claims td { display: block }
+table.claims thead { display: none }
   table.claims tr { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; padding: .4rem .7rem }
   table.claims td { border: 0; padding: .1rem 0 } table.claims td:empty { display: none }
   table.claims td::before { content: attr(data-label) ": "; color: var(--soft) }
@@ -43,8 +53,8 @@ figure { margin: 1rem 0 } figure img { width: 100%; max-width: 46rem; height: au
 <h1>Defeating the Training-Inference Mismatch via FP16: what reproduces</h1>
 <p class="headline">{{ headlines[0][1] }}</p>
 <ul class="soft">{% for name, text in headlines[1:] %}<li>{{ name }} tier: {{ text }}</li>{% endfor %}</ul>
-<p class="soft">Paper: <a href="https://arxiv.org/abs/2510.26788">arXiv 2510.26788</a>. A desk or node verdict is about the
-mechanism and never counts as the paper's. Also as <a href="RESULTS.md">Markdown</a>, <a href="results.csv">CSV</a> and
+<p class="soft">Paper: <a href="https://arxiv.org/abs/2510.26788">arXiv 2510.26788</a>. A desk or node verdict is about
+the mechanism and never counts as the paper's. Also as <a href="RESULTS.md">Markdown</a>, <a href="results.csv">CSV</a> and
 <a href="results.tex">LaTeX</a>.</p>
 <fieldset id="filter" hidden><legend>Show</legend>
 {% for name in tiers %}<label><input type="checkbox" data-tier="{{ name }}" checked> {{ name }}</label>{% endfor %}
@@ -54,10 +64,12 @@ mechanism and never counts as the paper's. Also as <a href="RESULTS.md">Markdown
 <section data-tier="{{ tier }}">
 <h2>{{ titles[tier] }}</h2>
 <table class="claims">
-<thead><tr><th>claim</th><th>verdict</th><th>estimate [interval]</th><th>accept</th><th>paper</th><th>seeds</th><th>task</th><th>hardware</th><th>reason</th></tr></thead>
+<thead><tr><th>claim</th><th>verdict</th><th>estimate [interval]</th><th>accept</th><th>paper</th><th>seeds</th>
+<th>task</th><th>hardware</th><th>reason</th></tr></thead>
 <tbody>
 {% for row in rows if row.tier == tier %}{% set cell = cells(row) %}
-<tr data-verdict="{{ row.verdict or 'REPORTED' }}" id="{{ row.task }}.{{ row.claim_id }}{{ '.' ~ row.fingerprint if row.fingerprint else '' }}">
+<tr data-verdict="{{ row.verdict or 'REPORTED' }}"
+id="{{ row.task }}.{{ row.claim_id }}{{ '.' ~ row.fingerprint if row.fingerprint else '' }}">
 <td class="claim"><strong>{{ row.claim_id }}</strong><span class="statement">{{ row.statement }}</span></td>
 <td class="verdict {{ row.verdict or 'REPORTED' }}">{{ row.verdict or 'reported' }}</td>
 <td class="number" data-label="estimate">{{ cell[4] }}</td>
@@ -77,9 +89,11 @@ mechanism and never counts as the paper's. Also as <a href="RESULTS.md">Markdown
 {% for task, hardware, matrix in matrices %}
 <h3>{{ task }}{% if matrix.point %}, {{ matrix.point }}{% endif %}</h3>
 <p class="soft">{{ hardware }}. k3 in nats per token / mean |π − μ|.</p>
-<table class="matrix"><thead><tr><th></th>{% for name in precisions %}<th>train {{ name }}</th>{% endfor %}</tr></thead><tbody>
+<table class="matrix"><thead><tr><th></th>{% for name in precisions %}<th>train {{ name }}</th>
+{% endfor %}</tr></thead><tbody>
 {% for name in precisions %}{% set i = loop.index0 %}<tr><th>rollout {{ name }}</th>
-{% for _ in precisions %}<td class="number">{{ scientific(matrix.k3_nats_per_token[i, loop.index0]) }} / {{ scientific(matrix.prob_diff_mean[i, loop.index0]) }}</td>{% endfor %}</tr>
+{% for _ in precisions %}<td class="number">{{ scientific(matrix.k3_nats_per_token[i, loop.index0]) }}
+/ {{ scientific(matrix.prob_diff_mean[i, loop.index0]) }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
 {% endfor %}{% endif %}
 {% if figures %}<h2>Figures</h2>
@@ -94,7 +108,8 @@ box.hidden = false;
 box.addEventListener("change", () => {
   const tiers = off("tier"), verdicts = off("verdict");
   document.querySelectorAll("section[data-tier]").forEach(s => s.hidden = tiers.has(s.dataset.tier));
-  document.querySelectorAll("tr[data-verdict]").forEach(r => r.style.display = verdicts.has(r.dataset.verdict) ? "none" : "");
+  document.querySelectorAll("tr[data-verdict]").forEach(r =>
+    r.style.display = verdicts.has(r.dataset.verdict) ? "none" : "");
 });
 </script>
 </body>

@@ -1,8 +1,8 @@
 """The figures of a published task: which ones there are, and the offline ones.
 
 `figure5` draws the paper's figure 5 from our own run: the sampled tokens' probabilities under both engines, and the
-sequence log-ratio against length with its least-squares line. Dots are the published sample (plot_points.parquet); every
-number printed in a panel is exact, from the sums over all tokens (evidence_summary.parquet).
+sequence log-ratio against length with its least-squares line. Dots are the published sample (plot_points.parquet);
+every number printed in a panel is exact, from the sums over all tokens (evidence_summary.parquet).
 """
 
 from __future__ import annotations
@@ -65,13 +65,21 @@ def _offline(runs: list[Run]) -> list[Figure]:
 def _matrix(runs: list[Run]) -> list[Figure]:
     text = "Mismatch for every pair of rollout and training precision (k3, and mean |π − μ|)."
     return [
-        Figure(f"matrix-{m.point}" if m.point else "matrix", heat_map(m), text + (f" Grid point {m.point}." if m.point else ""))
+        Figure(
+            f"matrix-{m.point}" if m.point else "matrix",
+            heat_map(m),
+            text + (f" Grid point {m.point}." if m.point else ""),
+        )
         for m in matrices(runs)
     ]
 
 
 def _rl(runs: list[Run]) -> list[Figure]:
-    chosen = [r for r in runs if not r.is_control and r.metrics and "reward_mean" in r.metrics[0] and "grad_norm" in r.metrics[0]]
+    chosen = [
+        r
+        for r in runs
+        if not r.is_control and r.metrics and "reward_mean" in r.metrics[0] and "grad_norm" in r.metrics[0]
+    ]
     if not chosen:
         return []
     algorithm = (chosen[0].record["cell"]["settings"].get("algorithm") or {}).get("name") or ""
@@ -96,7 +104,10 @@ def _pool(precision: str, runs: list[Run]) -> Arm:
     sums = concat_sums([run.summary for run in runs])
     each = [read_points(run.folder / "plot_points.parquet") for run in runs]
     points = {
-        kind: {name: np.concatenate([p[kind][name] for p in each if kind in p]) for name in next(p for p in each if kind in p)[kind]}
+        kind: {
+            name: np.concatenate([p[kind][name] for p in each if kind in p])
+            for name in next(p for p in each if kind in p)[kind]
+        }
         for kind in dict.fromkeys(kind for p in each for kind in p)
     }
     tokens, sequences = int(sums["num_response_tokens"].sum()), int(sums["num_rollouts"].sum())
@@ -145,7 +156,9 @@ def _sequence_panel(axes, arm: Arm, limits) -> None:
     axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     dots(axes, length, sequences["seq_log_ratio"], colour(arm.precision), size=2.6, alpha=0.65)
     ends = np.array([length.min(), length.max()])
-    axes.plot(ends, e["seq_intercept_nats"] + e["seq_slope_nats_per_1k_tokens"] * ends, color="black", linewidth=1.4, zorder=4)
+    axes.plot(
+        ends, e["seq_intercept_nats"] + e["seq_slope_nats_per_1k_tokens"] * ends, color="black", linewidth=1.4, zorder=4
+    )
     note(axes, f"slope = {_signed(e['seq_slope_nats_per_1k_tokens'])} nats per 1K tokens\n"
                f"KL[μ|π] = {_signed(e['seq_kl_k1_nats'])} nats/sequence\n{arm.num_sequences:,} responses")  # fmt: skip
 
@@ -161,7 +174,11 @@ def resolved(arms: list[Arm]) -> bytes:
     """k3 per token (log axis) by position in the response and by the sampler's probability of the token."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.6), sharey=True, layout="constrained")
     for arm in arms:
-        how = {"color": colour(arm.precision), "linestyle": LINE_STYLES[arm.precision], "marker": MARKERS[arm.precision]}
+        how = {
+            "color": colour(arm.precision),
+            "linestyle": LINE_STYLES[arm.precision],
+            "marker": MARKERS[arm.precision],
+        }
         how |= {"markersize": 4, "linewidth": 1.3, "label": arm.precision}
         low, high, k3 = _binned(arm.points["by_position"])
         left.plot(np.sqrt((low + 1) * high), k3, **how)
@@ -216,5 +233,3 @@ def _map_panel(axes, values: np.ndarray, title: str) -> None:
     axes.grid(False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-

@@ -83,4 +83,6 @@ def _paper_axis(axes, curves: dict[str, np.ndarray]) -> None:
     for precision, points in curves.items():
         above.plot(points[:, 0], points[:, 1], color=colour(precision), linewidth=1.2, linestyle=":")
         axes.plot([], [], color=colour(precision), linewidth=1.2, linestyle=":", label=f"paper, {precision}")
-    above.set(xlim=(0, max(points[-1, 0] for points in curves.values())), xlabel="iteration in the paper (dotted curves)")
+    above.set(
+        xlim=(0, max(points[-1, 0] for points in curves.values())), xlabel="iteration in the paper (dotted curves)"
+    )

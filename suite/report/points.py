@@ -4,7 +4,7 @@ plot_points.parquet is one long table; `kind` says which columns of a row are fi
 
     token         mu, pi (probabilities of the sampled token), is_tail (one of the largest |pi - mu|; others: a sample)
     sequence      num_tokens, seq_log_ratio (sum of log pi - log mu, nats)
-    by_position   bin [bin_low, bin_high) of the position in the response (tokens), with count, sum_k3, sum_abs_prob_diff
+    by_position   bin [bin_low, bin_high) of the position in the response, in tokens; count, sum_k3, sum_abs_prob_diff
     by_prob       the same over mu, the sampler's probability of the token
 """
 
@@ -25,9 +25,16 @@ PROB_EDGES = np.array([0.0, 1e-3, 1e-2, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 
 POSITION_EDGES = np.unique(np.round(np.geomspace(1, 2**17, 35)).astype(int)) - 1  # half-octaves: 0, 1, 2, 3, 5, 7 ...
 
 _COLUMNS = {
-    "mu": pa.float32(), "pi": pa.float32(), "is_tail": pa.bool_(), "num_tokens": pa.int32(),
-    "seq_log_ratio": pa.float32(), "bin_low": pa.float64(), "bin_high": pa.float64(), "count": pa.int64(),
-    "sum_k3": pa.float64(), "sum_abs_prob_diff": pa.float64(),
+    "mu": pa.float32(),
+    "pi": pa.float32(),
+    "is_tail": pa.bool_(),
+    "num_tokens": pa.int32(),
+    "seq_log_ratio": pa.float32(),
+    "bin_low": pa.float64(),
+    "bin_high": pa.float64(),
+    "count": pa.int64(),
+    "sum_k3": pa.float64(),
+    "sum_abs_prob_diff": pa.float64(),
 }
 
 
@@ -48,7 +55,9 @@ def plot_points(evidence: Path) -> dict[str, dict[str, np.ndarray]]:
         _add_to_bins(bins["by_position"], POSITION_EDGES, position, r, pi - mu)
         _add_to_bins(bins["by_prob"], PROB_EDGES, mu, r, pi - mu)
         ratio = np.add.reduceat(np.append(r, 0.0), np.cumsum(lengths) - lengths) * (lengths > 0)
-        sequences = _thin(np.vstack([sequences, np.column_stack([lengths, ratio, rng.random(len(lengths))])]), NUM_SEQUENCES)
+        sequences = _thin(
+            np.vstack([sequences, np.column_stack([lengths, ratio, rng.random(len(lengths))])]), NUM_SEQUENCES
+        )
     return {
         "token": _token_columns(tokens),
         "sequence": {"num_tokens": sequences[:, 0].astype(int), "seq_log_ratio": sequences[:, 1]},
@@ -97,8 +106,11 @@ def _add_to_bins(bins: np.ndarray, edges: np.ndarray, at: np.ndarray, r: np.ndar
 def _bin_columns(bins: np.ndarray, edges: np.ndarray) -> dict[str, np.ndarray]:
     used = bins[:, 0] > 0
     return {
-        "bin_low": edges[:-1][used].astype(float), "bin_high": edges[1:][used].astype(float),
-        "count": bins[used, 0].astype(int), "sum_k3": bins[used, 1], "sum_abs_prob_diff": bins[used, 2],
+        "bin_low": edges[:-1][used].astype(float),
+        "bin_high": edges[1:][used].astype(float),
+        "count": bins[used, 0].astype(int),
+        "sum_k3": bins[used, 1],
+        "sum_abs_prob_diff": bins[used, 2],
     }
 
 

@@ -28,8 +28,10 @@ _PRIVATE_KEYS = {"hostname", "host", "node_name", "user", "username", "cwd", "ho
 # An absolute path: a slash that does not follow a word, a dot, another slash, a colon or a placeholder, then at least
 # two components, or one below a well-known root. Fractions (a/b), URLs and relative paths do not match.
 _PART = r"[^\s/'\",;:()\[\]{}<>|]+"
-_ABSOLUTE = re.compile(rf"(?<![\w./:<>\])-])(?:file://)?/(?:(?:{_PART}/)+(?P<name>{_PART})?|(?:home|root|tmp|work|mnt|data|Users)\b)")
-_WINDOWS = re.compile(rf"\b[A-Za-z]:\\(?:[^\s\\'\"]+\\)*(?P<name>[^\s\\'\"]*)")
+_ABSOLUTE = re.compile(
+    rf"(?<![\w./:<>\])-])(?:file://)?/(?:(?:{_PART}/)+(?P<name>{_PART})?|(?:home|root|tmp|work|mnt|data|Users)\b)"
+)
+_WINDOWS = re.compile(r"\b[A-Za-z]:\\(?:[^\s\\'\"]+\\)*(?P<name>[^\s\\'\"]*)")
 
 
 def publish_task(task, runs_dir: Path, results_dir: Path) -> list[Path]:
@@ -80,7 +82,9 @@ def _own_names() -> list[str]:
 
 def published_runs(results_dir: Path, task_id: str, fingerprint: str | None = None) -> list[Run]:
     """The published runs of a task, of one fingerprint or of all."""
-    return [r for r in find_runs(results_dir, task_id) if fingerprint is None or r.folder.parents[1].name == fingerprint]
+    return [
+        r for r in find_runs(results_dir, task_id) if fingerprint is None or r.folder.parents[1].name == fingerprint
+    ]
 
 
 def fingerprint_folders(results_dir: Path) -> list[Path]:
@@ -110,7 +114,7 @@ def _drop_other_versions(folder: Path, version: int) -> None:
 
 
 def _publish_run(run: Run, folder: Path) -> Path:
-    """Write one run into the folder of its fingerprint, under the first attempt name that is free or already its own."""
+    """Write one run into the folder of its fingerprint, under the first attempt name that is free or its own."""
     record = scrub(run.record)
     first = folder / record["cell"]["name"] / record["run_key"][:12]
     target, attempt = first, 1
@@ -142,7 +146,9 @@ def _zipped_metrics(folder: Path) -> bytes:
     """The metrics, scrubbed and zipped without a time stamp or a file name: the same lines give the same bytes."""
     zipped = folder / "metrics.jsonl.gz"
     path = folder / "metrics.jsonl"
-    text = gzip.decompress(zipped.read_bytes()).decode() if zipped.exists() else path.read_text() if path.exists() else ""
+    text = (
+        gzip.decompress(zipped.read_bytes()).decode() if zipped.exists() else path.read_text() if path.exists() else ""
+    )
     lines = [json.dumps(scrub(json.loads(line)), sort_keys=True) + "\n" for line in text.splitlines()]
     return gzip.compress("".join(lines).encode(), compresslevel=9, mtime=0)
 

@@ -21,7 +21,7 @@ _SAYS_NOTHING = ("INVALID", "ERROR", "NOT_RUN")  # of a whole task: no claim of 
 
 @dataclass(frozen=True)
 class Row:
-    """One claim on one fingerprint. `verdict` is None for claims of kind `report`; `fingerprint` is None if never run."""
+    """One claim on one fingerprint. `verdict` is None for kind `report`; `fingerprint` is None if never run."""
 
     claim: str  # the paper's claim, C1 ... C33
     claim_id: str  # the task's own id for it
@@ -83,25 +83,54 @@ def _graded_row(task, claim: dict, verdict: dict, fingerprint: str) -> Row:
     elif verdict["verdict"] in _SAYS_NOTHING and word != verdict["verdict"]:
         word, reason = verdict["verdict"], "; ".join(filter(None, (verdict["reason"], reason)))
     return Row(
-        claim=declared.about if declared else claim["id"].split("-")[0], claim_id=claim["id"],
-        statement=claim["statement"], kind=claim["kind"], task=task.id, title=task.title, tier=task.tier,
-        fingerprint=fingerprint, estimand=claim["estimand"] or "", unit=claim["unit"] or "",
-        estimate=claim["estimate"], interval=claim["interval"], accept=claim["accept"],
-        paper_value=claim["paper_value"], paper_unit=_paper(declared, "unit"), paper_source=claim["paper_source"] or "",
-        num_seeds=claim["num_seeds"] if claim["estimand"] else None, verdict=word, reason=reason,
-        consistent_with_paper=claim["consistent_with_paper"], chance=_chance(task, claim),
+        claim=declared.about if declared else claim["id"].split("-")[0],
+        claim_id=claim["id"],
+        statement=claim["statement"],
+        kind=claim["kind"],
+        task=task.id,
+        title=task.title,
+        tier=task.tier,
+        fingerprint=fingerprint,
+        estimand=claim["estimand"] or "",
+        unit=claim["unit"] or "",
+        estimate=claim["estimate"],
+        interval=claim["interval"],
+        accept=claim["accept"],
+        paper_value=claim["paper_value"],
+        paper_unit=_paper(declared, "unit"),
+        paper_source=claim["paper_source"] or "",
+        num_seeds=claim["num_seeds"] if claim["estimand"] else None,
+        verdict=word,
+        reason=reason,
+        consistent_with_paper=claim["consistent_with_paper"],
+        chance=_chance(task, claim),
     )
 
 
 def _empty_row(task, claim, reason: str, fingerprint: str | None = None) -> Row:
     grade = task.grade.get(claim.id)
     return Row(
-        claim=claim.about, claim_id=claim.id, statement=claim.statement, kind=claim.kind, task=task.id,
-        title=task.title, tier=task.tier, fingerprint=fingerprint, estimand=grade.estimand if grade else "", unit="",
-        estimate=None, interval=None, accept=list(grade.accept) if grade and grade.accept else None,
-        paper_value=claim.paper.value if claim.paper else None, paper_unit=_paper(claim, "unit"),
-        paper_source=_paper(claim, "source"), num_seeds=None, verdict=None if claim.kind == "report" else "NOT_RUN",
-        reason=reason, consistent_with_paper=None, chance=0.0,
+        claim=claim.about,
+        claim_id=claim.id,
+        statement=claim.statement,
+        kind=claim.kind,
+        task=task.id,
+        title=task.title,
+        tier=task.tier,
+        fingerprint=fingerprint,
+        estimand=grade.estimand if grade else "",
+        unit="",
+        estimate=None,
+        interval=None,
+        accept=list(grade.accept) if grade and grade.accept else None,
+        paper_value=claim.paper.value if claim.paper else None,
+        paper_unit=_paper(claim, "unit"),
+        paper_source=_paper(claim, "source"),
+        num_seeds=None,
+        verdict=None if claim.kind == "report" else "NOT_RUN",
+        reason=reason,
+        consistent_with_paper=None,
+        chance=0.0,
     )
 
 

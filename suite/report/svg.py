@@ -64,7 +64,9 @@ def dots(axes, x: np.ndarray, y: np.ndarray, colour: str, *, size: float, alpha:
     codes = np.tile([Outline.MOVETO, Outline.LINETO], len(kept))
     outline = Outline(ends, codes) if len(kept) else Outline(np.empty((0, 2)))
     outline.should_simplify = False
-    axes.add_patch(PathPatch(outline, edgecolor=colour, facecolor="none", linewidth=size, alpha=alpha, capstyle="round"))
+    axes.add_patch(
+        PathPatch(outline, edgecolor=colour, facecolor="none", linewidth=size, alpha=alpha, capstyle="round")
+    )
 
 
 def note(axes, text: str, *, x: float = 0.04, y: float = 0.96, **how) -> None:

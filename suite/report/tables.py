@@ -24,10 +24,32 @@ TIER_TITLES = {
 }
 PRECISIONS = ("bf16", "fp16", "fp32")
 _LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "|": r"$|$", "π": r"$\pi$",
-    "μ": r"$\mu$", "≥": r"$\geq$", "≤": r"$\leq$", "±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "∞": r"$\infty$",
-    "–": "--", "—": "---", "→": r"$\to$", "≈": r"$\approx$", "…": r"\dots{}",
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
+    "π": r"$\pi$",
+    "μ": r"$\mu$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "−": r"$-$",
+    "∞": r"$\infty$",
+    "–": "--",
+    "—": "---",
+    "→": r"$\to$",
+    "≈": r"$\approx$",
+    "…": r"\dots{}",
 }
 
 
@@ -58,11 +80,17 @@ def region(bounds) -> str:
 
 def cells(row: Row) -> list[str]:
     """The ten columns of HEADER, as text."""
-    estimate = " ".join(filter(None, (number(row.estimate), region(row.interval), _unit(row.unit)))) if row.estimate is not None else ""
+    estimate = (
+        " ".join(filter(None, (number(row.estimate), region(row.interval), _unit(row.unit))))
+        if row.estimate is not None
+        else ""
+    )
     reason = row.reason if row.verdict is not None else "; ".join(filter(None, ("reported, not graded", row.reason)))
     if row.consistent_with_paper is not None and row.verdict == "INCONCLUSIVE":
         reason += f" ({'' if row.consistent_with_paper else 'not '}consistent with the paper)"
-    paper = " ".join(filter(None, (number(row.paper_value), _unit(row.paper_unit) if row.paper_value is not None else "")))
+    paper = " ".join(
+        filter(None, (number(row.paper_value), _unit(row.paper_unit) if row.paper_value is not None else ""))
+    )
     return [row.claim_id, row.task, row.tier, row.fingerprint or "", estimate, region(row.accept), paper,
             number(row.num_seeds), row.verdict or "", reason]  # fmt: skip
 
@@ -133,7 +161,7 @@ def _csv_value(value):
 
 @dataclass(frozen=True)
 class Matrix:
-    """k3 (geometric mean over seeds) and |pi - mu| (mean over seeds) by precision: (3, 3), rows rollout, columns train."""
+    """k3 (geometric mean over seeds) and |pi - mu| (mean over seeds): (3, 3), rows rollout, columns train."""
 
     point: str
     k3_nats_per_token: np.ndarray
@@ -185,12 +213,16 @@ def _geo_mean(values: list[float]) -> float:
 def matrix_markdown(task_id: str, fingerprint: str, matrix: Matrix) -> str:
     """The 3 x 3 table: rows the rollout's precision, columns the trainer's, each cell "k3 / mean |pi - mu|"."""
     body = [
-        [f"rollout {rollout}", *(f"{matrix.k3_nats_per_token[i, j]:.2e} / {matrix.prob_diff_mean[i, j]:.2e}" for j in range(3))]
+        [
+            f"rollout {rollout}",
+            *(f"{matrix.k3_nats_per_token[i, j]:.2e} / {matrix.prob_diff_mean[i, j]:.2e}" for j in range(3)),
+        ]
         for i, rollout in enumerate(PRECISIONS)
     ]
     table = tabulate(body, ["", *(f"train {name}" for name in PRECISIONS)], tablefmt="github", disable_numparse=True)
     seeds = int(matrix.num_seeds.min())
     where = f" ({matrix.point})" if matrix.point else ""
     title = f"### {task_id}{where}: k3 in nats per token / mean abs(π − μ)"
-    return f"{title}\n\n{table}\n\nOn {fingerprint}; at least {seeds} seeds per cell; k3 is the geometric mean over seeds."
-
+    return (
+        f"{title}\n\n{table}\n\nOn {fingerprint}; at least {seeds} seeds per cell; k3 is the geometric mean over seeds."
+    )

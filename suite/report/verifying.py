@@ -22,7 +22,7 @@ _NOT_COMPARED = ("suite",)  # which revision of the suite graded: may differ, th
 
 
 def verify_published(target: str | None, results_dir: Path) -> tuple[list[Path], list[str]]:
-    """Check all published folders, those of one task, or those in a bundle (a folder or .tar.gz laid out like results/).
+    """Check all published folders, those of one task, or those in a bundle (a folder or .tar.gz like results/).
 
     Returns (folders checked, differences as sentences).
     """
@@ -60,7 +60,7 @@ def _strays(results_dir: Path, folders: list[Path]) -> list[str]:
 
 
 def folder_differences(folder: Path, tasks: dict) -> list[str]:
-    """What is wrong with one results/<task>/<fingerprint>, one sentence each; empty if everything comes out as published."""
+    """What is wrong with one results/<task>/<fingerprint>, one sentence each; empty if all is as published."""
     path = folder / "verdict.json"
     task = tasks.get(folder.parent.name)
     if task is None:
@@ -73,7 +73,9 @@ def folder_differences(folder: Path, tasks: dict) -> list[str]:
             return [*differences, f"{path}: stale: {key} {published[key]}, the task is at {now}; {what} it again"]
     differences += _moved_cells(folder, task)
     computed = json.loads(json.dumps(compute_verdict(task, folder.name, folder.parents[1])))
-    return differences + [f"{path}: {line}" for line in compare(published, computed) if not line.startswith(_NOT_COMPARED)]
+    return differences + [
+        f"{path}: {line}" for line in compare(published, computed) if not line.startswith(_NOT_COMPARED)
+    ]
 
 
 def _moved_cells(folder: Path, task) -> list[str]:
@@ -94,7 +96,9 @@ def compare(published, computed, at: str = "") -> list[str]:
     """Where two JSON values differ, one line per leaf; floats may differ by RELATIVE_TOLERANCE."""
     if isinstance(published, dict) and isinstance(computed, dict):
         keys = sorted(published.keys() | computed.keys())
-        found = [compare(published.get(k, "(absent)"), computed.get(k, "(absent)"), f"{at}.{k}" if at else k) for k in keys]
+        found = [
+            compare(published.get(k, "(absent)"), computed.get(k, "(absent)"), f"{at}.{k}" if at else k) for k in keys
+        ]
         return [line for lines in found for line in lines]
     if isinstance(published, list) and isinstance(computed, list) and len(published) == len(computed):
         return [line for i, pair in enumerate(zip(published, computed)) for line in compare(*pair, f"{at}[{i}]")]
