@@ -31,7 +31,8 @@ legend { color: var(--soft); padding: 0 .3rem } label { white-space: nowrap }
 table { border-collapse: collapse; width: 100%; font-size: .88rem }
 th { text-align: left; color: var(--soft); font-weight: 600 }
 th, td { border-bottom: 1px solid var(--line); padding: .4rem .5rem .4rem 0; vertical-align: top;
-overflow-wrap: anywhere }
+overflow-wrap: break-word }
+td.hardware { overflow-wrap: anywhere; min-width: 8rem }
 td.number { font-variant-numeric: tabular-nums } .statement { display: block; color: var(--soft) }
 .verdict { font-weight: 700; white-space: nowrap } .PASS { color: var(--pass) }
 .FAIL, .ERROR, .INVALID { color: var(--fail) }
@@ -77,7 +78,7 @@ id="{{ row.task }}.{{ row.claim_id }}{{ '.' ~ row.fingerprint if row.fingerprint
 <td class="number" data-label="paper" title="{{ row.paper_source }}">{{ cell[6] }}</td>
 <td class="number" data-label="seeds">{{ cell[7] }}</td>
 <td data-label="task">{{ row.task }}</td>
-<td data-label="hardware">{{ cell[3] }}</td>
+<td class="hardware" data-label="hardware">{{ cell[3] }}</td>
 <td data-label="reason">{{ cell[9] }}</td>
 </tr>
 {% endfor %}
