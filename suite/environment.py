@@ -300,8 +300,8 @@ def older(env: dict[str, Any], package: str, than: tuple[int, ...]) -> bool:
 
 
 def finding(name: str, ok: bool, detail: str, needed: str = "") -> dict[str, Any]:
-    """One line of doctor's answer; `needed` says what to do where ok is False."""
-    return {"name": name, "ok": ok, "detail": detail, "needed": needed}
+    """One line of doctor's answer; `needed` says what to do, and is empty where ok is True."""
+    return {"name": name, "ok": ok, "detail": detail, "needed": "" if ok else needed}
 
 
 def doctor(task, env: dict[str, Any]) -> list[dict[str, Any]]:
