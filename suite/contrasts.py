@@ -1,9 +1,10 @@
 """From launches to an estimate with its intervals: a level, a ratio, a difference, or a share of seeds. No torch.
 
-Two intervals are taken from the same values. The one at the stated level (90 %, so each end is a one-sided 5 % bound) is shown and
-decides PASS: a task passes only if all of its claims do, so no claim needs more than its own 5 %. The wider one, with the 5 % split
-over the graded claims of the task, decides FAIL: a task fails as soon as one claim does. Exact kinds (counts, shares of seeds) keep
-the stated level for both; with five seeds a split one could never exclude anything.
+Two intervals are taken from the same values. The one at the stated level (90 %, so each end is a one-sided 5 %
+bound) is shown and decides PASS: a task passes only if all of its claims do, so no claim needs more than its own 5
+%. The wider one, with the 5 % split over the graded claims of the task, decides FAIL: a task fails as soon as one
+claim does. Exact kinds (counts, shares of seeds) keep the stated level for both; with five seeds a split one could
+never exclude anything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ ADDITIVE = tuple(estimates_of_totals(dict.fromkeys(SUMS, 1.0)))  # estimands tha
 
 @dataclass(frozen=True)
 class Levels:
-    """Two-sided confidence levels: `stated` by the grade, `strict` with the 5 % split over the task's graded claims."""
+    """Two-sided confidence levels: `stated` by the grade, `strict` with the 5 % split over the task's graded
+    claims.
+    """
 
     stated: float
     strict: float
@@ -69,28 +72,36 @@ def contrast_of(label: str, form: str, first: list[Launch], second: list[Launch]
     if len(shared) < 2 and not (shared and len(left) == len(right) == 1):
         columns = [[launch.value for launch in found] for found in (first, second)]
         per_seed = [row for side, found in enumerate((first, second)) for row in _one_sided(found, side)]
-        return _finding(label, columns, scale, None, per_seed, _censored(first, second), grade, form, [first, second], levels)
+        return _finding(
+            label, columns, scale, None, per_seed, _censored(first, second), grade, form, [first, second], levels
+        )
     first, second = [left[seed] for seed in shared], [right[seed] for seed in shared]
     values = [_apart(a.value, b.value, form) for a, b in zip(first, second, strict=True)]
     per_seed = [
         {"seed": a.seed, "value": value, "values": [a.value, b.value], "censored": _censored([a], [b])}
         for a, b, value in zip(first, second, values, strict=True)
     ]
-    return _finding(label, [values], scale, None, per_seed, _censored(first, second), grade, form, [first, second], levels)
+    return _finding(
+        label, [values], scale, None, per_seed, _censored(first, second), grade, form, [first, second], levels
+    )
 
 
 def share_of_seeds(label: str, found: list[Launch], levels: Levels) -> Finding:
     """The fraction of seeds that show the event, with the exact (Clopper-Pearson) interval."""
     per_seed = [{"seed": launch.seed, "value": launch.value, "censored": launch.censored} for launch in found]
     if not found or any(launch.value is None for launch in found):
-        problem = "a series is shorter than window + hold: no event could have been seen" if found else "no finished run"
+        problem = (
+            "a series is shorter than window + hold: no event could have been seen" if found else "no finished run"
+        )
         return Finding(label, None, None, None, "clopper_pearson", len(found), per_seed, problem)
     shown = stats.clopper_pearson(sum(launch.value > 0 for launch in found), len(found), levels.stated)
     return Finding(label, shown.estimate, shown[1:3], shown[1:3], "clopper_pearson", len(found), per_seed)
 
 
 def difference_of_shares(label: str, first: list[Launch], second: list[Launch], levels: Levels) -> Finding:
-    """Fraction of seeds with the event, first minus second: the exact intervals of both, combined by square and add (Newcombe)."""
+    """Fraction of seeds with the event, first minus second: the exact intervals of both, combined by square and add
+    (Newcombe).
+    """
     a, b = share_of_seeds(label, first, levels), share_of_seeds(label, second, levels)
     num_seeds, per_seed = min(a.num_seeds, b.num_seeds), a.per_seed + b.per_seed
     if a.problem or b.problem:
@@ -112,7 +123,8 @@ def exact(label: str, found: list[Launch]) -> Finding:
 
 
 def within(estimand: str, form: str, arms: list[list[Launch]], level: float) -> stats.Interval | None:
-    """Interval over prompts inside these launches (cluster bootstrap, rows of a prompt merged), arms resampled together.
+    """Interval over prompts inside these launches (cluster bootstrap, rows of a prompt merged), arms resampled
+    together.
 
     None where prompt sums were not kept, the arms saw different prompts, or the estimand is not a function of sums.
     """
@@ -126,7 +138,13 @@ def within(estimand: str, form: str, arms: list[list[Launch]], level: float) -> 
     def statistic(*totals):
         values = [estimates_of_totals(total)[estimand] for total in totals]
         with np.errstate(divide="ignore", invalid="ignore"):
-            return values[0] / values[1] if form == "ratio" else values[0] - values[1] if form == "difference" else values[0]
+            return (
+                values[0] / values[1]
+                if form == "ratio"
+                else values[0] - values[1]
+                if form == "difference"
+                else values[0]
+            )
 
     return stats.prompt_bootstrap([{name: table[name] for name in SUMS} for table in tables], statistic, level)
 
@@ -137,10 +155,16 @@ def _sorted(table: dict) -> dict:
 
 
 def _finding(label, columns, scale, trials, per_seed, censored, grade, form, arms, levels: Levels) -> Finding:
-    """columns: one list of values for a single arm or for pairs, two for arms that share no seeds. arms: the launches behind them."""
+    """columns: one list of values for a single arm or for pairs, two for arms that share no seeds. arms: the
+    launches behind them.
+    """
     method = grade.interval.method if grade.interval else "student_t"
     num_seeds = min(len(column) for column in columns)
-    on_scale = None if any(v is None for column in columns for v in column) else [stats.to_scale(c, scale, trials) for c in columns]
+    on_scale = (
+        None
+        if any(v is None for column in columns for v in column)
+        else [stats.to_scale(c, scale, trials) for c in columns]
+    )
     if num_seeds == 0 or on_scale is None or any(column is None for column in on_scale):
         problem = "no finished run" if num_seeds == 0 else f"a launch has no value that lies on the {scale} scale"
         return Finding(label, None, None, None, method, num_seeds, per_seed, problem, None, scale, censored)
@@ -153,8 +177,13 @@ def _finding(label, columns, scale, trials, per_seed, censored, grade, form, arm
     elif num_seeds == 1:
         found, problem = [None, None], "one seed"
     else:
-        found = [_over_launches(columns, scale, trials, grade.estimand, form, arms, level) for level in (levels.stated, levels.strict)]
-        problem = "" if all(found) else "all launches agree exactly, and no prompt sums were kept to take an interval from"
+        found = [
+            _over_launches(columns, scale, trials, grade.estimand, form, arms, level)
+            for level in (levels.stated, levels.strict)
+        ]
+        problem = (
+            "" if all(found) else "all launches agree exactly, and no prompt sums were kept to take an interval from"
+        )
     if not all(found):
         return Finding(label, estimate, None, None, method, num_seeds, per_seed, problem, spread, scale, censored)
     ends, strict = ((float(interval.lo), float(interval.hi)) for interval in found)
@@ -172,7 +201,9 @@ def _over_launches(columns, scale, trials, estimand, form, arms, level) -> stats
 
 
 def welch_interval(first: list[float], second: list[float], level: float, scale: str) -> stats.Interval | None:
-    """Difference of two means on `scale` (on the log scale: their ratio) for arms that share no seeds. None where nothing varies."""
+    """Difference of two means on `scale` (on the log scale: their ratio) for arms that share no seeds. None where
+    nothing varies.
+    """
     a, b = stats.to_scale(first, scale), stats.to_scale(second, scale)
     if a is None or b is None or min(a.size, b.size) < 2:
         return None
@@ -189,7 +220,12 @@ def welch_interval(first: list[float], second: list[float], level: float, scale:
 
 def _one_sided(found: list[Launch], side: int) -> list[dict]:
     return [
-        {"seed": launch.seed, "value": None, "values": [launch.value if i == side else None for i in (0, 1)], "censored": launch.censored}
+        {
+            "seed": launch.seed,
+            "value": None,
+            "values": [launch.value if i == side else None for i in (0, 1)],
+            "censored": launch.censored,
+        }
         for launch in found
     ]
 
@@ -201,6 +237,8 @@ def _apart(a: float | None, b: float | None, form: str) -> float | None:
 
 
 def _censored(first: list[Launch], second: list[Launch]) -> str:
-    """A numerator that is at least its value makes the contrast at least its value; a denominator makes it at most that."""
+    """A numerator that is at least its value makes the contrast at least its value; a denominator makes it at most
+    that.
+    """
     high, low = any(launch.censored for launch in first), any(launch.censored for launch in second)
     return "both" if high and low else "high" if high else "low" if low else ""

@@ -1,4 +1,5 @@
-"""What must hold before a verdict says anything: controls with a known outcome, precision as executed, arms that differ in one factor.
+"""What must hold before a verdict says anything: controls with a known outcome, precision as executed, arms that
+differ in one factor.
 
 Also: attempts that repeat a seed under other settings. Whatever fails here makes the task INVALID. No torch.
 """
@@ -22,9 +23,10 @@ ON_INTERVALS = ("aa", "null_drift")
 def grade_control(evidence: Evidence, control) -> dict:
     """One control at each of its grid points; the worst point decides.
 
-    A/A and null drift: holds if the interval lies within accept, broken only if disjoint from it, else inconclusive. With a single
-    seed on either side the interval is the one over prompts. Floor and broken-on-purpose: the point estimate decides, whose
-    distance from the bound is orders of magnitude. outcome: holds | inconclusive | broken | error | not_run.
+    A/A and null drift: holds if the interval lies within accept, broken only if disjoint from it, else inconclusive.
+    With a single seed on either side the interval is the one over prompts. Floor and broken-on-purpose: the point
+    estimate decides, whose distance from the bound is orders of magnitude. outcome: holds | inconclusive | broken |
+    error | not_run.
     """
     order = ("broken", "error", "not_run", "inconclusive", "holds")
     rows = [_at_point(evidence, control, at) for at in control_points(evidence.task, control)]
@@ -38,9 +40,15 @@ def control_points(task, control) -> list[dict]:
 
 def _at_point(evidence: Evidence, control, at: dict) -> dict:
     row = {
-        "name": control.name, "kind": control.kind, "estimand": control.estimand, "at": at, "estimate": None, "interval": None,
-        "accept": list(control.accept), "num_seeds": 0,
-    }  # fmt: skip
+        "name": control.name,
+        "kind": control.kind,
+        "estimand": control.estimand,
+        "at": at,
+        "estimate": None,
+        "interval": None,
+        "accept": list(control.accept),
+        "num_seeds": 0,
+    }
     arms = {name: evidence.arm(name, at) for name in control.contrast.names}
     for name, runs in arms.items():
         if any(run.status == "failed" for run in unfinished(runs)):
@@ -54,7 +62,10 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
     accept = f"accept {region_text(control.accept)}"
     if control.kind not in ON_INTERVALS:
         holds = inside((finding.estimate, finding.estimate), control.accept)
-        return row | {"outcome": "holds" if holds else "broken", "reason": f"{finding.estimate:.4g} {'in' if holds else 'outside'} {accept}"}
+        return row | {
+            "outcome": "holds" if holds else "broken",
+            "reason": f"{finding.estimate:.4g} {'in' if holds else 'outside'} {accept}",
+        }
     if finding.interval is None:
         return row | {"outcome": "inconclusive", "reason": finding.problem}
     shown = f"interval {ends_text(finding.interval)}"
@@ -103,7 +114,12 @@ def unfinished(runs: list) -> list:
 def violations(task, runs: list) -> list[tuple[str, str]]:
     """(arm, sentence) for everything that makes finished runs unfit to compare."""
     finished = [run for run in runs if run.status in FINISHED]
-    return _precision(finished) + _repeated_seeds(finished) + _one_factor(task, finished) + _control_factors(task, finished)
+    return (
+        _precision(finished)
+        + _repeated_seeds(finished)
+        + _one_factor(task, finished)
+        + _control_factors(task, finished)
+    )
 
 
 def _precision(runs: list) -> list[tuple[str, str]]:
@@ -112,16 +128,25 @@ def _precision(runs: list) -> list[tuple[str, str]]:
     for run in runs:
         asked, executed = run.record.get("precision_asked") or {}, run.record.get("precision_executed") or {}
         if executed and {"rollout", "train"} <= asked.keys():
-            found += [(run.arm, f"{run.record['cell']['name']}: precision: {line}") for line in contract_breaches(asked, executed)]
+            found += [
+                (run.arm, f"{run.record['cell']['name']}: precision: {line}")
+                for line in contract_breaches(asked, executed)
+            ]
     return found
 
 
 def _repeated_seeds(runs: list) -> list[tuple[str, str]]:
-    """The same seed twice is one launch (--fresh) only if it is the same cell; under another run key it is refused."""
+    """The same seed twice is one launch (--fresh) only if it is the same cell; under another run key it is
+    refused.
+    """
     keys: dict[tuple, set] = {}
     for run in runs:
         keys.setdefault((run.arm, canonical(run.point), run.seed), set()).add(run.record["run_key"])
-    return [(arm, f"{arm} seed {seed}: recorded under {len(found)} different run keys") for (arm, _, seed), found in keys.items() if len(found) > 1]
+    return [
+        (arm, f"{arm} seed {seed}: recorded under {len(found)} different run keys")
+        for (arm, _, seed), found in keys.items()
+        if len(found) > 1
+    ]
 
 
 def _one_factor(task, runs: list) -> list[tuple[str, str]]:
@@ -137,7 +162,11 @@ def _one_factor(task, runs: list) -> list[tuple[str, str]]:
             found += [(run.arm, f"{run.arm}: runs differ in {path}") for path in _differences(first, run)]
         for a, b in itertools.combinations(firsts.values(), 2):
             outside = [path for path in _differences(a, b) if not _covered(path, task.vary)]
-            found += [(arm, f"{a.arm} and {b.arm} differ in {path}, which is not in vary") for path in outside for arm in (a.arm, b.arm)]
+            found += [
+                (arm, f"{a.arm} and {b.arm} differ in {path}, which is not in vary")
+                for path in outside
+                for arm in (a.arm, b.arm)
+            ]
     return list(dict.fromkeys(found))
 
 
@@ -146,10 +175,14 @@ def _control_factors(task, runs: list) -> list[tuple[str, str]]:
     found, controls = [], {control.name: control for control in task.controls}
     for run in runs:
         control = controls.get(run.arm)
-        like = next((r for r in runs if control and r.arm == control.like and canonical(r.point) == canonical(run.point)), None)
+        like = next(
+            (r for r in runs if control and r.arm == control.like and canonical(r.point) == canonical(run.point)), None
+        )
         if like is not None:
             outside = [path for path in _differences(like, run) if not _covered(path, _leaves(control.set))]
-            found += [(run.arm, f"{run.arm} differs from {control.like} in {path}, which it does not set") for path in outside]
+            found += [
+                (run.arm, f"{run.arm} differs from {control.like} in {path}, which it does not set") for path in outside
+            ]
     return list(dict.fromkeys(found))
 
 

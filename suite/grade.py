@@ -7,8 +7,8 @@
     ERROR         a run that the claim needs failed
     NOT_RUN       a run that the claim needs is not there
 
-A task is the first of INVALID, ERROR, NOT_RUN, FAIL, INCONCLUSIVE, PASS that one of its graded claims has. A verdict is a function of
-task and records alone: no clock, no order of files, no machine enters it.
+A task is the first of INVALID, ERROR, NOT_RUN, FAIL, INCONCLUSIVE, PASS that one of its graded claims has. A verdict
+is a function of task and records alone: no clock, no order of files, no machine enters it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ import suite
 from suite.contrasts import Levels
 from suite.controls import canonical, grade_control, unfinished, violations
 from suite.errors import UserError
-from suite.judge import Evidence, Judgement, claim_row, display_interval, findings_of, judge, require_grade, too_many_skips
+from suite.judge import (
+    Evidence,
+    Judgement,
+    claim_row,
+    display_interval,
+    findings_of,
+    judge,
+    require_grade,
+    too_many_skips,
+)
 from suite.launches import FINISHED
 from suite.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.record import write_json
@@ -36,8 +45,8 @@ FALSE_PASS_RATE = 0.05
 def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
     """The verdict on one fingerprint, laid out as verdict.json.
 
-    runs: those of this task; of another task version they are left out. all_tasks_runs: task id -> runs, for the tasks in `needs`.
-    Raises UserError if the runs carry several fingerprints (grade_by_fingerprint keeps them apart).
+    runs: those of this task; of another task version they are left out. all_tasks_runs: task id -> runs, for the
+    tasks in `needs`. Raises UserError if the runs carry several fingerprints (grade_by_fingerprint keeps them apart).
     """
     runs = sorted((run for run in runs if run.record["task"]["version"] == task.version), key=_place)
     others = {name: sorted(found, key=_place) for name, found in (all_tasks_runs or {}).items()}
@@ -46,7 +55,9 @@ def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
     if len(fingerprints) > 1:
         raise UserError(f"{task.id}: runs of different machines cannot be graded together: {', '.join(fingerprints)}")
     graded = [claim for claim in task.claims if claim.kind != "report"]
-    broken = violations(task, runs) + [fault for name in task.needs for fault in _needed_faults(task, name, others.get(name, []))]
+    broken = violations(task, runs) + [
+        fault for name in task.needs for fault in _needed_faults(task, name, others.get(name, []))
+    ]
     evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned_inputs(task)))
     controls = [grade_control(evidence, control) for control in task.controls]
     claims = [_grade_claim(evidence, claim, len(graded), controls, broken) for claim in task.claims]
@@ -92,7 +103,9 @@ def verdict_line(verdict: dict, path: Path | str) -> str:
     """The last line of `suite reproduce`, which scripts read."""
     graded = [row for row in verdict["claims"] if row["kind"] != "report"]
     passed = sum(row["verdict"] == "PASS" for row in graded)
-    return f"VERDICT task={verdict['task']} verdict={verdict['verdict']} claims={passed}/{len(graded)} verdict_file={path}"
+    return (
+        f"VERDICT task={verdict['task']} verdict={verdict['verdict']} claims={passed}/{len(graded)} verdict_file={path}"
+    )
 
 
 def summarise_headline(verdicts: list[dict]) -> str:
@@ -104,11 +117,15 @@ def summarise_headline(verdicts: list[dict]) -> str:
     words = [row["verdict"] for row in rows]
     parts = [f"{words.count(word)} {word}" for word in ("PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN")]
     parts += [f"{words.count(word)} {word}" for word in ("INVALID", "ERROR") if word in words]
-    chance = FALSE_PASS_RATE * sum(row["kind"] != "count" and row["verdict"] in ("PASS", "FAIL", "INCONCLUSIVE") for row in rows)
+    chance = FALSE_PASS_RATE * sum(
+        row["kind"] != "count" and row["verdict"] in ("PASS", "FAIL", "INCONCLUSIVE") for row in rows
+    )
     return f"{', '.join(parts)} of {len(rows)} claims; by chance alone at most {chance:.2g} false passes expected"
 
 
-def _grade_claim(evidence: Evidence, claim, num_graded: int, controls: list[dict], broken: list[tuple[str, str]]) -> dict:
+def _grade_claim(
+    evidence: Evidence, claim, num_graded: int, controls: list[dict], broken: list[tuple[str, str]]
+) -> dict:
     if claim.kind == "report" and claim.id not in evidence.task.grade:
         return _bare_row(claim)
     grade = require_grade(evidence.task, claim)
@@ -124,19 +141,25 @@ def _grade_claim(evidence: Evidence, claim, num_graded: int, controls: list[dict
     faults = [line for arm, line in broken if arm in grade.contrast.names or arm in guards]
     faults += [f"{control['name']}: {control['reason']}" for control in controls if control["outcome"] == "broken"]
     if faults:
-        judgement = Judgement("INVALID", "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else ""))
+        judgement = Judgement(
+            "INVALID", "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        )
     return row | {"verdict": judgement.verdict, "reason": judgement.reason, "resolve": judgement.resolve}
 
 
 def _nothing_to_judge(evidence: Evidence, grade) -> Judgement | None:
-    """ERROR or NOT_RUN where an arm of the claim has no finished run; a failed cell is an error also where other seeds finished."""
+    """ERROR or NOT_RUN where an arm of the claim has no finished run; a failed cell is an error also where other
+    seeds finished.
+    """
     for name in grade.contrast.names:
         runs = evidence.arm(name, grade.at)
         failed = [run for run in unfinished(runs) if run.status == "failed"]
         if failed:
             error = failed[0].record.get("error") or {}
-            text = f"{failed[0].record['cell']['name']}: {error.get('class')} in {error.get('phase')}: {error.get('message')}"
-            return Judgement("ERROR", text, "run the task again; finished cells are kept")
+            what = f"{error.get('class')} in {error.get('phase')}: {error.get('message')}"
+            return Judgement(
+                "ERROR", f"{failed[0].record['cell']['name']}: {what}", "run the task again; finished cells are kept"
+            )
     for name in grade.contrast.names:
         if not any(run.status in FINISHED for run in evidence.arm(name, grade.at)):
             return Judgement("NOT_RUN", f"no finished run of {name}", f"suite run {evidence.task.id}")
@@ -144,7 +167,9 @@ def _nothing_to_judge(evidence: Evidence, grade) -> Judgement | None:
 
 
 def _capped(evidence: Evidence, grade, judgement: Judgement, controls: list[dict]) -> Judgement:
-    """What holds a verdict at INCONCLUSIVE: both ways for a weak tolerance or an unpinned input, a PASS only for the rest."""
+    """What holds a verdict at INCONCLUSIVE: both ways for a weak tolerance or an unpinned input, a PASS only for the
+    rest.
+    """
     if judgement.verdict in ("PASS", "FAIL"):
         if grade.tolerance is not None and grade.tolerance.level == WEAK_TOLERANCE:
             return _cap(judgement, "weak_tolerance: its level is P5, judgement", "a tolerance with a better source")
@@ -183,28 +208,43 @@ def _of_task(graded: list[dict], controls: list[dict], runs: list) -> tuple[str,
 
 def _bare_row(claim) -> dict:
     """A reported claim without a grade block: its statement and what the paper says."""
-    empty = ("estimand", "unit", "estimator", "estimate", "interval", "interval_method", "interval_fail", "display_interval", "accept",
-             "remark", "consistent_with_paper", "verdict")  # fmt: skip
-    return dict.fromkeys(empty) | {
-        "id": claim.id, "kind": claim.kind, "statement": claim.statement, "at": {}, "num_seeds": 0, "per_seed": [], "pairs": [],
+    empty = "estimand unit estimator estimate interval interval_method interval_fail display_interval accept remark"
+    empty += " consistent_with_paper verdict"
+    return dict.fromkeys(empty.split()) | {
+        "id": claim.id,
+        "kind": claim.kind,
+        "statement": claim.statement,
+        "at": {},
+        "num_seeds": 0,
+        "per_seed": [],
+        "pairs": [],
         "paper_value": claim.paper.value if claim.paper else None,
         "paper_source": f"{claim.paper.source} ({claim.paper.level})" if claim.paper else None,
-        "reason": "reported, not graded", "resolve": "",
-    }  # fmt: skip
+        "reason": "reported, not graded",
+        "resolve": "",
+    }
 
 
 def _needed_faults(task, name: str, runs: list) -> list[tuple[str, str]]:
     """Violations in the runs of a needed task, told under the names by which a compare task knows its arms."""
-    no_arms_compared = task.model_copy(update={"vary": ("model", "data", "rollout", "train", "precision", "algorithm", "schedule"), "controls": ()})
+    no_arms_compared = task.model_copy(
+        update={"vary": ("model", "data", "rollout", "train", "precision", "algorithm", "schedule"), "controls": ()}
+    )
     return [(f"{name}-{arm}", f"{name}: {line}") for arm, line in violations(no_arms_compared, runs)]
 
 
 def _run_row(run) -> dict:
     cell = run.record["cell"]
     return {
-        "task": run.record["task"]["id"], "cell": cell["name"], "arm": run.arm, "seed": run.seed, "is_control": run.is_control,
-        "run_key": run.record["run_key"], "status": run.status, "started_utc": run.record.get("started_utc"),
-    }  # fmt: skip
+        "task": run.record["task"]["id"],
+        "cell": cell["name"],
+        "arm": run.arm,
+        "seed": run.seed,
+        "is_control": run.is_control,
+        "run_key": run.record["run_key"],
+        "status": run.status,
+        "started_utc": run.record.get("started_utc"),
+    }
 
 
 def _suite_block(environment: dict) -> dict:
@@ -214,7 +254,14 @@ def _suite_block(environment: dict) -> dict:
 
 
 def _place(run) -> tuple:
-    return (run.is_control, run.arm, canonical(run.point), run.seed, str(run.record.get("started_utc")), run.record["run_key"])
+    return (
+        run.is_control,
+        run.arm,
+        canonical(run.point),
+        run.seed,
+        str(run.record.get("started_utc")),
+        run.record["run_key"],
+    )
 
 
 def _on(fingerprint: str, runs: list) -> list:

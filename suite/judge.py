@@ -1,4 +1,6 @@
-"""One claim judged: from the runs of its arms to PASS, FAIL or INCONCLUSIVE, with the reason and what would resolve it. No torch."""
+"""One claim judged: from the runs of its arms to PASS, FAIL or INCONCLUSIVE, with the reason and what would resolve
+it. No torch.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def disjoint(ends: tuple[float, float], region: Region) -> bool:
 
 
 def findings_of(evidence: Evidence, claim, grade) -> list[Compared]:
-    """Every comparison that a claim makes, each with the region that it must lie in: one, except for an order of several arms."""
+    """Every comparison that a claim makes, each with the region that it must lie in: one, except for an order of
+    several arms.
+    """
     contrast, levels = grade.contrast, evidence.levels
     found = {name: launches(evidence.task.protocol, evidence.arm(name, grade.at), grade) for name in contrast.names}
     arms = [found[name] for name in contrast.names]
@@ -59,7 +63,11 @@ def findings_of(evidence: Evidence, claim, grade) -> list[Compared]:
         return [(contrasts.exact(label, arms[0]), grade.accept)]
     if claim.kind == "event" and grade.reducer != "time_to_event":
         one = contrast.form == "arm"
-        shares = contrasts.share_of_seeds(label, arms[0], levels) if one else contrasts.difference_of_shares(label, *arms, levels)
+        shares = (
+            contrasts.share_of_seeds(label, arms[0], levels)
+            if one
+            else contrasts.difference_of_shares(label, *arms, levels)
+        )
         return [(shares, grade.accept or (EVENT_ACCEPT[grade.event.expect] if one else None))]
     if contrast.form == "arm":
         return [(contrasts.level_of(label, arms[0], grade, levels), grade.accept)]
@@ -67,16 +75,18 @@ def findings_of(evidence: Evidence, claim, grade) -> list[Compared]:
 
 
 def order_form(grade) -> str:
-    """How two arms of an order are compared: by their ratio where levels live on a log scale, else by their difference."""
+    """How two arms of an order are compared: by their ratio where levels live on a log scale, else by their
+    difference.
+    """
     return "ratio" if scale_of(grade.estimand) == "log" or grade.reducer == "time_to_event" else "difference"
 
 
 def order_regions(num_arms: int, margin: float, form: str) -> list[Region]:
     """The region of each adjacent pair, the later arm against the earlier one.
 
-    Two arms tie if they differ by no more than the margin (a share of the earlier one, or an amount for differences). The first and the
-    last of an order are its content: the pairs at both ends must differ by more than the margin, so that arms without any difference
-    fail. Neighbours inside may tie.
+    Two arms tie if they differ by no more than the margin (a share of the earlier one, or an amount for
+    differences). The first and the last of an order are its content: the pairs at both ends must differ by more than
+    the margin, so that arms without any difference fail. Neighbours inside may tie.
     """
     apart, tied = (1.0 + margin, 1.0 / (1.0 + margin)) if form == "ratio" else (margin, -margin)
     return [(apart if i in (0, num_arms - 2) else tied, None) for i in range(num_arms - 1)]
@@ -86,7 +96,9 @@ def _in_order(found: dict, claim, grade, levels: Levels) -> list[Compared]:
     form, names = order_form(grade), grade.contrast.names
     sign = {"ratio": "/", "difference": "-"}[form]
     pairs = list(itertools.pairwise(names) if claim.kind != "equivalence" else itertools.combinations(names, 2))
-    regions = [grade.accept] * len(pairs) if grade.accept else order_regions(len(names), grade.contrast.margin or 0.0, form)
+    regions = (
+        [grade.accept] * len(pairs) if grade.accept else order_regions(len(names), grade.contrast.margin or 0.0, form)
+    )
     return [
         (contrasts.contrast_of(f"{later} {sign} {earlier}", form, found[later], found[earlier], grade, levels), region)
         for (earlier, later), region in zip(pairs, regions, strict=True)
@@ -94,7 +106,9 @@ def _in_order(found: dict, claim, grade, levels: Levels) -> list[Compared]:
 
 
 def judge(compared: list[Compared], grade, kind: str) -> Judgement:
-    """PASS if every interval lies inside its region, FAIL if one is disjoint from it, else INCONCLUSIVE; one Judgement for all."""
+    """PASS if every interval lies inside its region, FAIL if one is disjoint from it, else INCONCLUSIVE; one
+    Judgement for all.
+    """
     each = [(finding, _judge_one(finding, region, grade, kind)) for finding, region in compared]
     word = next(word for word in ("FAIL", "INCONCLUSIVE", "PASS") if any(one.verdict == word for _, one in each))
     chosen = [(finding, one) for finding, one in each if one.verdict == word]
@@ -108,7 +122,9 @@ def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
     if finding.interval is None:
         more = "run at least one more seed" if finding.problem == "one seed" else ""
         if finding.problem == "one seed":
-            return Judgement("INCONCLUSIVE", "too_few_seeds: one seed says nothing about the spread between launches", more)
+            return Judgement(
+                "INCONCLUSIVE", "too_few_seeds: one seed says nothing about the spread between launches", more
+            )
         return Judgement("INCONCLUSIVE", f"no_interval: {finding.problem}", more)
     if disjoint(finding.strict, region):
         return _judge_outside(finding, region, grade, kind, is_exact)
@@ -122,7 +138,9 @@ def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
         text = f"too_few_seeds: {finding.num_seeds} of the {grade.min_seeds} that a PASS needs"
         return Judgement("INCONCLUSIVE", text, f"run {grade.min_seeds - finding.num_seeds} more")
     if finding.censored and _open_to(finding.censored, region):
-        return Judgement("INCONCLUSIVE", "censored: the event had not come by the horizon in at least one launch", "a longer horizon")
+        return Judgement(
+            "INCONCLUSIVE", "censored: the event had not come by the horizon in at least one launch", "a longer horizon"
+        )
     return Judgement("PASS", f"interval {ends_text(finding.interval)} inside {shown}")
 
 
@@ -132,7 +150,9 @@ def _judge_outside(finding: Finding, region: Region, grade, kind: str, is_exact:
         return Judgement("INCONCLUSIVE", f"too_few_seeds: {shown}, but a FAIL needs two seeds", "run one more seed")
     low = region[0] is not None and finding.strict[1] < region[0]
     if (finding.censored in ("high", "both") and low) or (finding.censored in ("low", "both") and not low):
-        return Judgement("INCONCLUSIVE", f"censored: {shown}, but the event had not come by the horizon", "a longer horizon")
+        return Judgement(
+            "INCONCLUSIVE", f"censored: {shown}, but the event had not come by the horizon", "a longer horizon"
+        )
     if kind == "event" and grade.event.expect == "collapses":
         return Judgement("FAIL", f"{NOT_REPRODUCED}: {shown}")
     return Judgement("FAIL", shown)
@@ -140,24 +160,37 @@ def _judge_outside(finding: Finding, region: Region, grade, kind: str, is_exact:
 
 def _open_to(censored: str, region: Region) -> bool:
     """Whether what is not known about a censored value could carry it out of the region."""
-    return (censored in ("high", "both") and region[1] is not None) or (censored in ("low", "both") and region[0] is not None)
+    return (censored in ("high", "both") and region[1] is not None) or (
+        censored in ("low", "both") and region[0] is not None
+    )
 
 
 def seeds_needed(finding: Finding, region: Region) -> str:
-    """How many seeds would bring the interval to the near side of the nearest end of the region, at the spread seen here."""
+    """How many seeds would bring the interval to the near side of the nearest end of the region, at the spread seen
+    here.
+    """
     if not finding.spread:
         return "more seeds, or more prompts per launch"
-    on_scale = {"log": lambda v: math.log(v) if v > 0 else -math.inf, "logit": lambda v: math.log(v / (1 - v)) if 0 < v < 1 else math.inf}
+    on_scale = {
+        "log": lambda v: math.log(v) if v > 0 else -math.inf,
+        "logit": lambda v: math.log(v / (1 - v)) if 0 < v < 1 else math.inf,
+    }
     place = on_scale.get(finding.scale, float)
     distance = min(abs(place(finding.estimate) - place(end)) for end in region if end is not None)
     if not 0 < distance < math.inf:
         return "the estimate lies at the end of the region: no number of seeds decides this"
     needed = math.ceil((1.645 * finding.spread / distance) ** 2) + 2
-    return f"about {needed} seeds at this spread" if needed < 1000 else "over 1,000 seeds at this spread: the estimate lies at the end of the region"
+    return (
+        f"about {needed} seeds at this spread"
+        if needed < 1000
+        else "over 1,000 seeds at this spread: the estimate lies at the end of the region"
+    )
 
 
 def too_many_skips(evidence: Evidence, grade) -> str:
-    """Why an arm cannot pass as stable although nothing collapsed: it skipped more than 5 % of its steps after warm-up."""
+    """Why an arm cannot pass as stable although nothing collapsed: it skipped more than 5 % of its steps after
+    warm-up.
+    """
     if grade.event is None or grade.event.expect != "stable":
         return ""
     runs = [run for name in grade.contrast.names for run in evidence.arm(name, grade.at) if run.status in FINISHED]
@@ -168,7 +201,9 @@ def too_many_skips(evidence: Evidence, grade) -> str:
 
 
 def weakest(compared: list[Compared]) -> Compared:
-    """The comparison that stands for a claim of several: the one nearest to leaving its region, or the one without a value."""
+    """The comparison that stands for a claim of several: the one nearest to leaving its region, or the one without a
+    value.
+    """
 
     def room(one: Compared) -> float:
         finding, region = one
@@ -206,17 +241,26 @@ def claim_row(claim, grade, compared: list[Compared], display: tuple[float, floa
         "num_seeds": shown.num_seeds,
         "per_seed": [row | {"value": number(row["value"])} for row in shown.per_seed],
         "pairs": [
-            {"label": one.label, "estimate": number(one.estimate), "interval": pair(one.interval), "accept": list(its) if its else None,
-             "num_seeds": one.num_seeds}
+            {
+                "label": one.label,
+                "estimate": number(one.estimate),
+                "interval": pair(one.interval),
+                "accept": list(its) if its else None,
+                "num_seeds": one.num_seeds,
+            }
             for one, its in compared
-        ] if len(compared) > 1 else [],
+        ]
+        if len(compared) > 1
+        else [],
         "remark": remark(shown.estimate, band) if band else None,
         "consistent_with_paper": consistent(compared),
     }
 
 
 def consistent(compared: list[Compared]) -> bool | None:
-    """Whether every estimate lies in its accept region, whatever the intervals say; None without an estimate or a region."""
+    """Whether every estimate lies in its accept region, whatever the intervals say; None without an estimate or a
+    region.
+    """
     if any(region is None or finding.estimate is None for finding, region in compared):
         return None
     return all(inside((finding.estimate, finding.estimate), region) for finding, region in compared)
@@ -258,4 +302,8 @@ def ends_text(ends) -> str:
 
 
 def region_text(region: Region) -> str:
-    return f"[{'-inf' if region[0] is None else format(region[0], '.4g')}, {'inf' if region[1] is None else format(region[1], '.4g')}]"
+    low, high = (
+        ("-inf" if region[0] is None else f"{region[0]:.4g}"),
+        ("inf" if region[1] is None else f"{region[1]:.4g}"),
+    )
+    return f"[{low}, {high}]"

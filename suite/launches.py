@@ -1,8 +1,9 @@
 """From run records to one number per launch: the values over which intervals are taken. No torch.
 
-The unit of replication is the seed, an independent launch. Several finished attempts of one cell (`--fresh`) are the same launch
-again: their mean counts once, so that repeating a run cannot make an interval narrower. Offline protocols give sums per prompt, and
-the value is computed from those; RL and dataset runs give a series, and the value is its reducer.
+The unit of replication is the seed, an independent launch. Several finished attempts of one cell (`--fresh`) are the
+same launch again: their mean counts once, so that repeating a run cannot make an interval narrower. Offline
+protocols give sums per prompt, and the value is computed from those; RL and dataset runs give a series, and the
+value is its reducer.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def same_point(run, at: dict) -> bool:
 
 
 def arm_runs(task, runs: list, name: str, at: dict, other_runs: dict) -> list:
-    """Runs of an arm or control at a grid point. In a compare task a name is `<task>-<arm>`, the task one of `needs`."""
+    """Runs of an arm or control at a grid point. In a compare task a name is `<task>-<arm>`, the task one of
+    `needs`.
+    """
     if task.protocol != "compare":
         return [run for run in runs if run.arm == name and same_point(run, at)]
     for need in sorted(task.needs, key=len, reverse=True):
@@ -84,7 +87,9 @@ def _launch(protocol: str, seed: int, runs: list, grade) -> Launch:
 
 
 def run_value(protocol: str, run, grade) -> tuple[float | None, int | None, str]:
-    """(value, trials, censored) of one run: from its prompt sums if it is an offline protocol, else from its series."""
+    """(value, trials, censored) of one run: from its prompt sums if it is an offline protocol, else from its
+    series.
+    """
     if protocol in OFFLINE and run.summary is not None:
         values = estimates(run.summary)
         if grade.estimand in values:
@@ -102,7 +107,11 @@ def run_value(protocol: str, run, grade) -> tuple[float | None, int | None, str]
 
 
 def _trials(estimand: str, summary: dict) -> int | None:
-    column = {"reward_mean": "num_rewarded", "truncated_share": "num_rollouts", "out_of_band_share": "num_response_tokens"}
+    column = {
+        "reward_mean": "num_rewarded",
+        "truncated_share": "num_rollouts",
+        "out_of_band_share": "num_response_tokens",
+    }
     return int(np.sum(summary[column[estimand]])) if estimand in column else None
 
 
@@ -118,11 +127,12 @@ def series(run, name: str) -> np.ndarray:
 
 
 def reduced(values: np.ndarray, reducer: str, window: int | None) -> float | None:
-    """A series to one number. None where the part it looks at is shorter than its window, or less than half of it is finite.
+    """A series to one number. None where the part it looks at is shorter than its window, or less than half of it is
+    finite.
 
-    last_k_mean and epoch_mean: mean of the last `window` rows (one full pass for epoch_mean), at the end fixed by the schedule.
-    log_ratio: log of the last window's mean over the first one's, a drift. auc: trapezoid over rows, divided by their number - 1.
-    mean, median, geo_mean: of all rows, or of the last `window`.
+    last_k_mean and epoch_mean: mean of the last `window` rows (one full pass for epoch_mean), at the end fixed by
+    the schedule. log_ratio: log of the last window's mean over the first one's, a drift. auc: trapezoid over rows,
+    divided by their number - 1. mean, median, geo_mean: of all rows, or of the last `window`.
     """
     if window is not None and len(values) < window * (2 if reducer == "log_ratio" else 1):
         return None
@@ -147,8 +157,8 @@ def _plain_mean(part: np.ndarray) -> float | None:
 def event_time(run, grade) -> stats.EventTime | None:
     """When the run's event began, censored at its last iteration; None if the series is too short for one to show.
 
-    Three things are an event, whichever comes first: the collapse that the claim describes, a run that diverged (non-finite loss),
-    and ten skipped steps in a row at the smallest loss scale.
+    Three things are an event, whichever comes first: the collapse that the claim describes, a run that diverged
+    (non-finite loss), and ten skipped steps in a row at the smallest loss scale.
     """
     rows = [row for row in run.metrics if row.get(grade.estimand) is not None]
     steps = [row["step"] for row in rows]

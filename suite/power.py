@@ -1,8 +1,9 @@
-"""What a design can decide before it runs: P(PASS) if the paper is right and P(FAIL) if there is no effect, claim by claim. No torch.
+"""What a design can decide before it runs: P(PASS) if the paper is right and P(FAIL) if there is no effect, claim by
+claim. No torch.
 
-Both need the spread between launches, which nobody knows before the first run. PLANNING_SD holds assumptions for planning, each with
-its reason, on the scale on which the interval is taken; none is a measurement of this suite, and no verdict rests on them. With runs
-at hand, `design_power(task, runs)` uses the spread seen in them instead.
+Both need the spread between launches, which nobody knows before the first run. PLANNING_SD holds assumptions for
+planning, each with its reason, on the scale on which the interval is taken; none is a measurement of this suite, and
+no verdict rests on them. With runs at hand, `design_power(task, runs)` uses the spread seen in them instead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from suite.judge import EVENT_ACCEPT, Evidence, findings_of, inside, order_form,
 from suite.launches import FINISHED, scale_of
 from suite.validate import unpinned_inputs
 
-# (estimand, form) -> standard deviation between launches. A ratio is on the log scale, a difference in the estimand's own unit.
+# (estimand, form) -> standard deviation between launches. A ratio is on the log scale, a difference in the
+# estimand's own unit.
 PLANNING_SD = {
     ("k3_nats_per_token", "ratio"): 0.25,  # one outlier token can carry a fifth of an fp16 total
     ("prob_diff_mean", "ratio"): 0.05,  # light-tailed: bounded by 1 per token
@@ -26,19 +28,22 @@ PLANNING_SD = {
 }
 RELATIVE_SD = 0.25  # of the value (identity scale), or in logs, for everything without a line of its own
 EVENT_RATE = 0.95  # share of launches that do what an event claim says, if the claim is right
-BEYOND = 3.0  # standard deviations from the end of the region at which a claim without a number of its own is supposed to lie
+BEYOND = 3.0  # a claim without a number of its own is supposed to lie that many sd from the end of its region
 PROMPT_NUM = 100  # an interval over prompts has about as many degrees of freedom as there are prompts
 
 
 def design_power(task, runs: list | None = None) -> dict[str, dict]:
     """claim id -> what is supposed and what follows from it, for graded claims.
 
-    Keys: num_seeds, scale, sd (between launches, on the scale), sd_source, true_value and null_value (in the claim's unit),
-    p_pass_if_true, p_fail_if_null, note. For an equivalence the null is a difference twice as large as its margin.
+    Keys: num_seeds, scale, sd (between launches, on the scale), sd_source, true_value and null_value (in the claim's
+    unit), p_pass_if_true, p_fail_if_null, note. For an equivalence the null is a difference twice as large as its
+    margin.
     """
     graded = [claim for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
     pinned = not unpinned_inputs(task)
-    return {claim.id: _claim_power(task, claim, task.grade[claim.id], len(graded), pinned, runs or []) for claim in graded}
+    return {
+        claim.id: _claim_power(task, claim, task.grade[claim.id], len(graded), pinned, runs or []) for claim in graded
+    }
 
 
 def _claim_power(task, claim, grade, num_graded: int, pinned: bool, runs: list) -> dict:
@@ -74,7 +79,11 @@ def _interval_power(task, claim, grade, num_seeds: int, levels: Levels, runs: li
     regions = [grade.accept]
     if ordered:
         num_arms = len(grade.contrast.order)
-        regions = [grade.accept] * (num_arms - 1) if grade.accept else order_regions(num_arms, grade.contrast.margin or 0.0, form)
+        regions = (
+            [grade.accept] * (num_arms - 1)
+            if grade.accept
+            else order_regions(num_arms, grade.contrast.margin or 0.0, form)
+        )
     sd, source = _sd(task, claim, grade, form, regions[0], runs)
     right = _right(claim, regions[0], scale, sd)
     null = 0.0 if ordered else _null(grade, form, regions[0], scale, sd)
@@ -86,7 +95,9 @@ def _interval_power(task, claim, grade, num_seeds: int, levels: Levels, runs: li
         passes *= stats.p_inside(right, spread, num, ends, levels.stated)
         spared *= 1 - stats.p_disjoint(null, spread, num, ends, levels.strict)
     fails = 1 - spared if num_seeds > 1 else 0.0
-    return _row(num_seeds, scale, sd, source, stats.from_scale(right, scale), stats.from_scale(null, scale), passes, fails)
+    return _row(
+        num_seeds, scale, sd, source, stats.from_scale(right, scale), stats.from_scale(null, scale), passes, fails
+    )
 
 
 def _scale(grade, form: str) -> str:
@@ -98,7 +109,9 @@ def _scale(grade, form: str) -> str:
 
 
 def _to(value: float, scale: str) -> float | None:
-    """On the scale; None for an end of the region that lies at the end of the scale (0 in a log, 0 or 1 in a logit): an open end."""
+    """On the scale; None for an end of the region that lies at the end of the scale (0 in a log, 0 or 1 in a logit):
+    an open end.
+    """
     found = stats.to_scale([value], scale)
     return None if found is None else float(found[0])
 
@@ -124,7 +137,9 @@ def _paper_number(claim) -> float | None:
 
 
 def _right(claim, region, scale: str, sd: float) -> float:
-    """Where the estimand lies, on the scale, if the paper is right: at its value, else in the middle of the region or well inside it."""
+    """Where the estimand lies, on the scale, if the paper is right: at its value, else in the middle of the region
+    or well inside it.
+    """
     value = _paper_number(claim)
     if value is not None and inside((value, value), region) and _to(value, scale) is not None:
         return _to(value, scale)
@@ -135,7 +150,9 @@ def _right(claim, region, scale: str, sd: float) -> float:
 
 
 def _null(grade, form: str, region, scale: str, sd: float) -> float:
-    """Where it lies, on the scale, if there is no effect. Where no effect is the claim itself: twice as far out as the margin."""
+    """Where it lies, on the scale, if there is no effect. Where no effect is the claim itself: twice as far out as
+    the margin.
+    """
     low, high = (None if end is None else _to(end, scale) for end in region)
     no_effect = 0.0 if form in ("ratio", "difference") or grade.reducer == "log_ratio" or scale == "identity" else None
     if no_effect is not None:
@@ -146,9 +163,16 @@ def _null(grade, form: str, region, scale: str, sd: float) -> float:
 
 def _row(num_seeds, scale, sd, source, right, null, passes, fails) -> dict:
     return {
-        "num_seeds": num_seeds, "scale": scale, "sd": sd, "sd_source": source, "true_value": _short(right), "null_value": _short(null),
-        "p_pass_if_true": round(float(passes), 4), "p_fail_if_null": round(float(fails), 4), "note": "",
-    }  # fmt: skip
+        "num_seeds": num_seeds,
+        "scale": scale,
+        "sd": sd,
+        "sd_source": source,
+        "true_value": _short(right),
+        "null_value": _short(null),
+        "p_pass_if_true": round(float(passes), 4),
+        "p_fail_if_null": round(float(fails), 4),
+        "note": "",
+    }
 
 
 def _short(value: float | None) -> float | None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import curve
 
 from suite.strict_yaml import read_yaml
-from fakes import curve
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 PAPER, PROBLEMS = read_yaml(BASELINES / "paper.yaml")
@@ -48,7 +48,9 @@ def test_ratios_follow_from_the_numbers_beside_them():
         claim = c1 if ratio in c1 else c2
         assert top[0] / bottom[1] <= claim[ratio] <= top[1] / bottom[0]
         assert claim[ends][0] <= claim[ratio] <= claim[ends][1]
-    assert c11["steps_ratio"] == pytest.approx(np.mean([c11["bf16_step_090"][k] / c11["fp16_step_090"][k] for k in c11["last"]]), abs=0.05)
+    assert c11["steps_ratio"] == pytest.approx(
+        np.mean([c11["bf16_step_090"][k] / c11["fp16_step_090"][k] for k in c11["last"]]), abs=0.05
+    )
     assert c23["speed_up"] == pytest.approx(c23["bf16_step_075"] / c23["fp16_step_075"], abs=0.01)
     assert PAPER["C5"]["rows"] == PAPER["C5"]["copies"] * PAPER["C5"]["unique_problems"] == 11680
 
@@ -58,7 +60,11 @@ def test_fp16_ends_and_peaks_where_the_ledger_says(name):
     values = curve(PANELS[name], "FP16")
     assert values[-1] == pytest.approx(PAPER["C6"]["last"][name], abs=READING)
     assert values.max() == pytest.approx(PAPER["C6"]["peak"][name], abs=READING)
-    for key, level in (("step_first_above_threshold", 0.95), ("step_first_above_090", 0.90), ("step_first_above_097", 0.97)):
+    for key, level in (
+        ("step_first_above_threshold", 0.95),
+        ("step_first_above_090", 0.90),
+        ("step_first_above_097", 0.97),
+    ):
         read = int(np.argmax(values >= level)) + 1
         assert values.max() >= level and abs(read - PAPER["C6"][key][name]) <= 12, (key, read)
 
@@ -66,7 +72,10 @@ def test_fp16_ends_and_peaks_where_the_ledger_says(name):
 @pytest.mark.parametrize(("claim", "panel"), [("C8", "a"), ("C9", "b"), ("C10", "d")])
 def test_bf16_peaks_and_ends_where_the_ledger_says(claim, panel):
     values, numbers = curve(panel, "BF16"), PAPER[claim]
-    assert values.max() == pytest.approx(numbers["peak"], abs=READING) and abs(int(values.argmax()) + 1 - numbers["step_peak"]) <= 3
+    assert (
+        values.max() == pytest.approx(numbers["peak"], abs=READING)
+        and abs(int(values.argmax()) + 1 - numbers["step_peak"]) <= 3
+    )
     assert values[-1] == pytest.approx(numbers["last"], abs=READING) and values.max() < 0.95
     assert values.max() - values[-1] >= numbers["drop"] - READING
 

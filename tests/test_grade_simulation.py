@@ -1,16 +1,18 @@
-"""The graders as tests in the statistical sense: how often they pass and fail on data whose truth is known. Numbers with their own error bars."""
+"""The graders as tests in the statistical sense: how often they pass and fail on data whose truth is known. Numbers
+with their own error bars.
+"""
 
 import math
 
 import numpy as np
 import pytest
-from fakes import COMPARE, OFFLINE, RL, TOLERANCE, claim, run_of, series_run, task_of
+from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, run_of, series_run, task_of
 
 from suite.grade import design_power, grade_task
 
 REPEATS = 300
 SD = 0.25  # of the log-ratio between launches: what power.py supposes for k3
-RATIO = f"estimand: k3_nats_per_token, contrast: {{ratio: [bf16, fp16]}}, interval: {{method: student_t}}, accept: [16, 128], min_seeds: 3, {TOLERANCE}"
+RATIO = block("k3_nats_per_token", "ratio: [bf16, fp16]", "[16, 128]", "min_seeds: 3")
 
 
 def ceiling(rate: float, repeats: int = REPEATS) -> float:
@@ -19,7 +21,9 @@ def ceiling(rate: float, repeats: int = REPEATS) -> float:
 
 
 def ratio_runs(task, rng, truth: float, seeds, sd: float = SD) -> list:
-    """Launches whose paired log-ratio is normal around `truth` with sd `sd`; half of the noise is shared by the two arms of a seed."""
+    """Launches whose paired log-ratio is normal around `truth` with sd `sd`; half of the noise is shared by the two
+    arms of a seed.
+    """
     runs = []
     for seed in seeds:
         shared, log_ratio = math.exp(0.1 * rng.standard_normal()), math.log(truth) + sd * rng.standard_normal()
@@ -70,9 +74,14 @@ def test_adding_seeds_only_helps(tmp_path):
 
 
 def test_repeating_the_same_seeds_does_not_make_an_interval_narrower(ratio_task):
-    """Five attempts of every cell: still three launches, so a truth at the end still passes at most 5 % of the time."""
+    """Five attempts of every cell: still three launches, so a truth at the end still passes at most 5 % of the
+    time.
+    """
+
     def repeated(rng):
-        return [run for _ in range(3) for run in ratio_runs(ratio_task, rng, 16.0, (0, 1, 2), 1e-3)] + ratio_runs(ratio_task, rng, 16.0, (0, 1, 2))
+        return [run for _ in range(3) for run in ratio_runs(ratio_task, rng, 16.0, (0, 1, 2), 1e-3)] + ratio_runs(
+            ratio_task, rng, 16.0, (0, 1, 2)
+        )
 
     rows = [grade_task(ratio_task, repeated(np.random.default_rng(seed)))["claims"][0] for seed in range(60)]
     assert {row["num_seeds"] for row in rows} == {3}
@@ -80,24 +89,40 @@ def test_repeating_the_same_seeds_does_not_make_an_interval_narrower(ratio_task)
 
 
 def test_several_true_claims_together_fail_a_task_at_most_as_often_as_one(tmp_path):
-    """Four claims, each with its truth at the end of its region: the task fails for any of them in at most 5 % of all cases."""
-    one = f"estimand: entropy_nats, contrast: {{arm: bf16}}, interval: {{method: student_t}}, accept: [1.0, 4.0], {TOLERANCE}"
+    """Four claims, each with its truth at the end of its region: the task fails for any of them in at most 5 % of
+    all cases.
+    """
+    one = block("entropy_nats", "arm: bf16", "[1.0, 4.0]")
     names = ("entropy_nats", "k3_nats_per_token", "grad_norm", "loss_scale")
     claims = "claims:\n" + "".join(f"  - {{id: C1-{i}, about: C1, kind: threshold, statement: s}}\n" for i in range(4))
-    task = task_of(tmp_path, RL, claims + "grade:\n" + "".join(f"  C1-{i}: {{{one.replace('entropy_nats', name)}}}\n" for i, name in enumerate(names)))
+    task = task_of(
+        tmp_path,
+        RL,
+        claims
+        + "grade:\n"
+        + "".join(f"  C1-{i}: {{{one.replace('entropy_nats', name)}}}\n" for i, name in enumerate(names)),
+    )
 
     def make(rng):
-        return [run_of(task, "bf16", seed, metrics=[{"step": 1, **{n: math.exp(0.2 * rng.standard_normal()) for n in names}}]) for seed in (0, 1, 2)]
+        return [
+            run_of(
+                task, "bf16", seed, metrics=[{"step": 1, **{n: math.exp(0.2 * rng.standard_normal()) for n in names}}]
+            )
+            for seed in (0, 1, 2)
+        ]
 
     assert verdicts(task, make, 7)["FAIL"] <= ceiling(0.05)
 
 
 def test_events_pass_and_fail_at_most_as_often_as_stated_when_half_of_all_seeds_collapse(tmp_path):
-    grade = ("estimand: reward_mean, reducer: fraction_of_seeds, contrast: {arm: bf16}, event: {drop: 0.1, window: 2, hold: 2, expect: collapses}, "
-             f"interval: {{method: clopper_pearson}}, accept: [0.5, 1.0], min_seeds: 5, {TOLERANCE}")  # fmt: skip
+    grade = event_grade("bf16", "collapses", hold=2, window=2)
     task = task_of(tmp_path, RL, claim("event", grade), seeds=range(5))
     falls, stays = [0.5, 0.7, 0.8, 0.8, 0.5, 0.4, 0.4, 0.4], [0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
-    cached = {(seed, fell): series_run(task, "bf16", seed, falls if fell else stays) for seed in range(5) for fell in (True, False)}
+    cached = {
+        (seed, fell): series_run(task, "bf16", seed, falls if fell else stays)
+        for seed in range(5)
+        for fell in (True, False)
+    }
 
     def make(rate):
         return lambda rng: [cached[seed, bool(rng.random() < rate)] for seed in range(5)]
@@ -106,34 +131,47 @@ def test_events_pass_and_fail_at_most_as_often_as_stated_when_half_of_all_seeds_
     assert half["PASS"] <= ceiling(0.05) and half["FAIL"] <= ceiling(0.05)
     always, never = verdicts(task, make(0.95), 9), verdicts(task, make(0.05), 10)
     supposed, error = design_power(task)["C1-x"], 3 * math.sqrt(0.25 / REPEATS)
-    assert always["PASS"] == pytest.approx(supposed["p_pass_if_true"], abs=error) and always["PASS"] > 0.7 and always["FAIL"] == 0
+    assert (
+        always["PASS"] == pytest.approx(supposed["p_pass_if_true"], abs=error)
+        and always["PASS"] > 0.7
+        and always["FAIL"] == 0
+    )
     assert never["FAIL"] == pytest.approx(supposed["p_fail_if_null"], abs=error) and never["PASS"] == 0
 
 
 def test_an_equivalence_at_its_margin_passes_at_most_five_percent(tmp_path):
-    grade = f"estimand: reward_mean, reducer: mean, contrast: {{difference: [bf16, fp16]}}, interval: {{method: student_t}}, accept: [-0.03, 0.03], {TOLERANCE}"
+    grade = block("reward_mean", "difference: [bf16, fp16]", "[-0.03, 0.03]")
     task = task_of(tmp_path, RL, claim("equivalence", grade), seeds=range(5))
 
     def make(gap):
         return lambda rng: [
             run_of(task, arm, seed, metrics=[{"step": 1, "reward_mean": 0.5 + shift + 0.01 * rng.standard_normal()}])
-            for arm, shift in (("bf16", gap), ("fp16", 0.0)) for seed in range(5)
-        ]  # fmt: skip
+            for arm, shift in (("bf16", gap), ("fp16", 0.0))
+            for seed in range(5)
+        ]
 
     assert verdicts(task, make(0.03), 11)["PASS"] <= ceiling(0.05)
     assert verdicts(task, make(0.0), 12, 150)["PASS"] > 0.85 and verdicts(task, make(0.10), 13, 150)["FAIL"] > 0.95
 
 
 def test_an_order_of_arms_without_any_difference_never_passes(tmp_path):
-    grade = f"estimand: k3_nats_per_token, contrast: {{order: [t-fp16, t-bf16], margin: 0.10}}, interval: {{method: student_t}}, min_seeds: 3, {TOLERANCE}"
+    grade = block("k3_nats_per_token", "order: [t-fp16, t-bf16], margin: 0.10", more="min_seeds: 3")
     need = task_of(tmp_path, RL, claim("report", "estimand: reward_mean, contrast: {arm: bf16}"), name="t")
     task = task_of(tmp_path, COMPARE, claim("ordering", grade), name="c", needs=["t"])
 
     def share(ratio, seed):
         rng, words = np.random.default_rng(seed), []
         for _ in range(150):
-            runs = [run_of(need, arm, s, metrics=[{"step": 1, "k3_nats_per_token": level * math.exp(0.03 * rng.standard_normal())}])
-                    for arm, level in (("fp16", 1.0), ("bf16", ratio)) for s in range(3)]  # fmt: skip
+            runs = [
+                run_of(
+                    need,
+                    arm,
+                    s,
+                    metrics=[{"step": 1, "k3_nats_per_token": level * math.exp(0.03 * rng.standard_normal())}],
+                )
+                for arm, level in (("fp16", 1.0), ("bf16", ratio))
+                for s in range(3)
+            ]
             words.append(grade_task(task, [], {"t": runs})["verdict"])
         return words.count("PASS") / 150, words.count("FAIL") / 150
 
@@ -143,16 +181,25 @@ def test_an_order_of_arms_without_any_difference_never_passes(tmp_path):
 
 
 def test_an_aa_control_rarely_breaks_a_sound_harness_and_a_fault_of_a_factor_three_does(tmp_path):
-    control = ("controls:\n  - {name: control-aa, kind: aa, like: bf16, seeds: [100, 101, 102], estimand: k3_nats_per_token,\n"
-               "     contrast: {ratio: [bf16, control-aa]}, accept: [0.6666, 1.5]}\n")  # fmt: skip
+    control = (
+        "controls:\n  - {name: control-aa, kind: aa, like: bf16, seeds: [100, 101, 102], estimand: k3_nats_per_token,\n"
+        "     contrast: {ratio: [bf16, control-aa]}, accept: [0.6666, 1.5]}\n"
+    )
     task = task_of(tmp_path, OFFLINE, claim("ratio", RATIO) + control)
 
     def outcomes(fault, seed):
         rng, found = np.random.default_rng(seed), []
         for _ in range(100):
             runs = ratio_runs(task, rng, 64.0, (0, 1, 2), 0.1)
-            runs += [run_of(task, "control-aa", s, series_summary={"k3_nats_per_token": fault * 4e-4 * math.exp(0.1 * rng.standard_normal())})
-                     for s in (100, 101, 102)]  # fmt: skip
+            runs += [
+                run_of(
+                    task,
+                    "control-aa",
+                    s,
+                    series_summary={"k3_nats_per_token": fault * 4e-4 * math.exp(0.1 * rng.standard_normal())},
+                )
+                for s in (100, 101, 102)
+            ]
             found.append(grade_task(task, runs)["controls"][0]["outcome"])
         return found.count("holds") / 100, found.count("broken") / 100
 
