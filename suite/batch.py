@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from suite.record import EVIDENCE_SCHEMA
 
-PAD_TO_TOKENS = 64  # lengths are rounded up to this, so that few distinct shapes occur and each is recorded
+PAD_TO_TOKENS = 16  # lengths are rounded up to this, so that few distinct shapes occur and each is recorded
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ class Rollout:
     @property
     def num_response_tokens(self) -> int:
         return len(self.response_token_ids)
+
+
+def response_room(request: Request, rollout: dict) -> int:
+    """How many response tokens fit: max_tokens, or what max_model_len leaves beside the prompt. Can be 0 or less."""
+    context = rollout.get("max_model_len")
+    room = rollout["max_tokens"]
+    return room if context is None else min(room, context - len(request.prompt_token_ids))
+
+
+def empty_rollout(request: Request) -> Rollout:
+    """What a prompt that fills the whole context gets: no token, cut by length, hence no reward."""
+    return Rollout(request, [], np.zeros(0, np.float32), "length")
 
 
 def request_seed(*parts) -> int:
@@ -88,3 +100,24 @@ def pad_sequences(sequences: list[tuple[list[int], int]], num_rows: int, pad_id:
         token_ids[row, : len(tokens)] = tokens
         mask[row, num_prompt : len(tokens)] = True
     return PaddedSequences(token_ids, mask)
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """The rollouts of one gradient step. Log-probs in nats, one (T_i,) float32 array per rollout."""
+
+    sequences: list[tuple[list[int], int]]  # (token_ids, num_prompt_tokens)
+    rollout_logprobs: list[np.ndarray]  # log mu(theta')
+    old_trainer_logprobs: list[np.ndarray]  # log pi(theta')
+    advantages: np.ndarray  # (N,) float32
+    length_norm: int  # L of aggregation sum_over_length, tokens
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(len(logprobs) for logprobs in self.rollout_logprobs)
+
+    def rows(self, indices: list[int]) -> MiniBatch:
+        """Some of the rollouts, in the given order."""
+        pick = lambda values: [values[i] for i in indices]  # noqa: E731
+        return MiniBatch(pick(self.sequences), pick(self.rollout_logprobs), pick(self.old_trainer_logprobs),
+                         self.advantages[indices], self.length_norm)

@@ -15,6 +15,7 @@ from suite.task import Task
 MODULES = {
     "offline_mismatch": "suite.protocols.offline",
     "offline_accuracy": "suite.protocols.offline",
+    "rl": "suite.protocols.rl",
     "dataset": "suite.protocols.dataset",
 }
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from suite.batch import Request, Rollout
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Sampler(Protocol):
@@ -22,6 +26,9 @@ class Sampler(Protocol):
 
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         """log mu of given responses, teacher-forced: (token_ids, num_prompt_tokens) -> (T_response,) float32 nats."""
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights by (checkpoint name, tensor) pairs."""
 
     def executed(self) -> dict[str, str]:
         """Dtypes read from the live engine: rollout_weights, kv_cache, rollout_logits; and what names the engine."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from suite.arithmetic import arithmetic_for
-from suite.batch import Request, Rollout
+from suite.batch import Request, Rollout, empty_rollout, response_room
 from suite.precision import dtype_name, torch_dtype
 
 DEFAULT_MAX_NUM_SEQS = 64
@@ -32,9 +32,10 @@ class HfSampler:
     def sample(self, requests: list[Request]) -> list[Rollout]:
         by_length: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
-            by_length.setdefault(len(request.prompt_token_ids), []).append(index)
+            if response_room(request, self._rollout) > 0:
+                by_length.setdefault(len(request.prompt_token_ids), []).append(index)
         size = self._rollout.get("max_num_seqs") or DEFAULT_MAX_NUM_SEQS
-        rollouts: list[Rollout | None] = [None] * len(requests)
+        rollouts = [empty_rollout(request) for request in requests]
         with self._products():
             for indices in by_length.values():
                 for start in range(0, len(indices), size):
@@ -51,9 +52,8 @@ class HfSampler:
         reasons = ["length"] * len(requests)
         alive = list(range(len(requests)))
         inputs = torch.tensor([request.prompt_token_ids for request in requests], device=self._device)
-        room = (self._rollout.get("max_model_len") or 10**9) - inputs.shape[1]
         cache = None
-        for _ in range(min(self._rollout["max_tokens"], room)):
+        for _ in range(response_room(requests[0], self._rollout)):
             output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             self._cache_dtype, self._logits_dtype = cache.layers[0].keys.dtype, output.logits.dtype
@@ -103,6 +103,12 @@ class HfSampler:
                 targets = torch.tensor(tokens[num_prompt:], device=self._device)
                 scores.append(self._log_probs(logits).gather(1, targets[:, None])[:, 0].cpu().numpy())
         return scores
+
+    @torch.no_grad()
+    def load_weights(self, named_tensors) -> None:
+        parameters = dict(self._model.named_parameters())
+        for name, tensor in named_tensors:
+            parameters[name].copy_(tensor)
 
     def executed(self) -> dict[str, str]:
         weights = {dtype_name(p.dtype) for p in self._model.parameters()}

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from suite.batch import Request, Rollout
+from suite.batch import Request, Rollout, empty_rollout, response_room
 from suite.precision import TORCH_NAMES, dtype_name
 
 IN_PROCESS = {
@@ -59,24 +59,27 @@ class VllmSampler:
         model.compute_logits = compute_and_note
 
     def sample(self, requests: list[Request]) -> list[Rollout]:
+        fitting = [request for request in requests if self._room(request) > 0]
+        prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in fitting]
+        outputs = self._llm.generate(prompts, [self._params(request) for request in fitting], use_tqdm=False)
+        sampled = iter(outputs)
+        return [
+            _rollout(request, next(sampled).outputs[0]) if self._room(request) > 0 else empty_rollout(request)
+            for request in requests
+        ]
+
+    def _params(self, request: Request):
         from vllm import SamplingParams
 
         rollout = self._rollout
-        params = [
-            SamplingParams(
-                temperature=rollout["temperature"], top_p=rollout["top_p"], top_k=rollout.get("top_k") or 0,
-                max_tokens=self._max_tokens(request), seed=request.seed, logprobs=0, flat_logprobs=True,
-                detokenize=False, stop_token_ids=self._stop_token_ids,
-            )
-            for request in requests
-        ]  # fmt: skip
-        prompts = [{"prompt_token_ids": list(request.prompt_token_ids)} for request in requests]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [_rollout(request, output.outputs[0]) for request, output in zip(requests, outputs, strict=True)]
+        return SamplingParams(
+            temperature=rollout["temperature"], top_p=rollout["top_p"], top_k=rollout.get("top_k") or 0,
+            max_tokens=self._room(request), seed=request.seed, logprobs=0, flat_logprobs=True, detokenize=False,
+            stop_token_ids=self._stop_token_ids,
+        )  # fmt: skip
 
-    def _max_tokens(self, request: Request) -> int:
-        room = (self._rollout.get("max_model_len") or 10**9) - len(request.prompt_token_ids)
-        return min(self._rollout["max_tokens"], room)
+    def _room(self, request: Request) -> int:
+        return response_room(request, self._rollout)
 
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         from vllm import SamplingParams
@@ -88,6 +91,15 @@ class VllmSampler:
             np.array([output.prompt_logprobs[t][tokens[t]].logprob for t in range(num_prompt, len(tokens))], np.float32)
             for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
         ]
+
+    def load_weights(self, named_tensors, repair: bool = True) -> None:
+        """Replace the engine's weights by (checkpoint name, tensor) pairs; repair=False only to show what a reload
+        without the repair leaves behind. sync.prove_sync is what says whether they arrived."""
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        if repair and not torch.cuda.is_available():
+            _repack(self._runner.model)
+        if self._rollout["prefix_caching"]:
+            self._llm.reset_prefix_cache()
 
     def executed(self) -> dict[str, str]:
         parameters = list(self._runner.model.parameters())
@@ -110,6 +122,18 @@ class VllmSampler:
         self._llm = self._runner = None
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _repack(model: torch.nn.Module) -> None:
+    """Pack again what a reload on a CPU leaves in the old packing: output heads that share their weight with the
+    embedding, and MoE experts (vLLM 0.32)."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        kernel = getattr(method, "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(module)
+        elif hasattr(module, "cpu_linear") and module.weight.numel():  # kept its plain weight: can be packed again
+            method.process_weights_after_loading(module)
 
 
 def _engine_arguments(rollout: dict, cache_gib: float | None, on_gpu: bool) -> dict:

@@ -1,4 +1,4 @@
-"""The dense trainer: a transformers model whose forward and backward run in one compute dtype.
+"""The dense trainer: a transformers model whose forward and backward run in one compute dtype, with fp32 masters behind.
 
 Compute parameters are in the compute dtype, as FSDP2 casts them with `param_dtype`; on a CPU the 16-bit products go
 through arithmetic.RoundedProducts. Log-probs are taken in fp32 from the logits of the response positions alone, a few
@@ -7,37 +7,57 @@ hundred positions at a time, so that peak memory does not grow with batch x leng
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
+from suite.algorithms import Algorithm
 from suite.arithmetic import arithmetic_for
-from suite.batch import pad_sequences
+from suite.batch import MiniBatch, pad_sequences
 from suite.errors import UserError
+from suite.losses import LossStatistics, policy_loss
 from suite.precision import Precision, dtype_name, torch_dtype
+from suite.trainers.health import ActivationWatch, underflow_share
+from suite.trainers.loss_scale import LossScaler
+from suite.trainers.masters import MasterWeights
 
 DEFAULT_HEAD_CHUNK_TOKENS = 512
+DEFAULT_MICRO_BATCH_SIZE = 32
 
 
 class DenseTrainer:
-    """One model in one compute dtype. `score` gives log pi in nats; batch shape is fixed by train.score_batch_size."""
+    """One model in one compute dtype. `score` gives log pi in nats, with the batch shape that train.score_batch_size fixes;
+    `update` takes one gradient step. A trainer without train.optimizer only scores, and holds no masters.
+    """
 
     def __init__(self, model_path: Path, train: dict, precision: dict, temperature: float):
-        from transformers import AutoModelForCausalLM
-
         asked = Precision.of(precision)
         self._train, self._temperature = train, temperature
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype, self._head_dtype = torch_dtype(asked.train), torch_dtype(asked.trainer_head)
-        attention = train.get("attention") or "sdpa"
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=self._dtype, attn_implementation=attention)
+        self._can_train = train.get("optimizer") is not None
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch.float32 if self._can_train else self._dtype,
+            attn_implementation=train.get("attention") or "sdpa",
+        )  # fmt: skip
         self._model = model.eval().to(self._device)
         self.arithmetic, self._products = arithmetic_for(self._device, self._dtype)
         self._logits_dtype: torch.dtype | None = None
         self._checkpoint_dtype = _dtype_on_disk(Path(model_path))
         if train.get("perturb"):
             self._perturb(**train["perturb"])
+        if self._can_train:
+            self.masters = MasterWeights(dict(self._model.named_parameters()), self._dtype, train["optimizer"])
+            scaling = precision.get("loss_scaling") or {"enabled": False}
+            self.scaler = LossScaler(**scaling)
+            self._watch = ActivationWatch(self._model.base_model.layers)
+            if train.get("gradient_checkpointing"):
+                self._model.gradient_checkpointing_enable(self._checkpointing())
 
     def _perturb(self, parameter: str, scale: float) -> None:
         """Scale one parameter on purpose: the control that a working measurement must catch."""
@@ -65,17 +85,31 @@ class DenseTrainer:
         padded = pad_sequences(sequences, num_rows)
         token_ids = torch.from_numpy(padded.token_ids).to(self._device)
         wanted = torch.from_numpy(padded.response_mask).to(self._device)
-        hidden = self._model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        before = hidden[:, :-1][wanted[:, 1:]]  # (N, H): the states that predict the response tokens, row by row
-        logprobs = self.token_logprobs(before, token_ids[wanted]).cpu().numpy()
+        logprobs = self._response_logprobs(token_ids, wanted).cpu().numpy()
         counts = [len(tokens) - num_prompt for tokens, num_prompt in sequences]
         return np.split(logprobs, np.cumsum(counts)[:-1])
 
+    def _response_logprobs(self, token_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """(B, T) ids and mask -> (N,) float32 log-probs of the masked tokens, row by row."""
+        hidden = self._model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
+        before = hidden[:, :-1][wanted[:, 1:]]  # (N, H): the states that predict the response tokens
+        return self.token_logprobs(before, token_ids[wanted])
+
     def token_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(N, H) states and (N,) token ids -> (N,) float32 log-probs, `head_chunk_tokens` rows of logits at a time."""
-        chunk = self._train.get("head_chunk_tokens") or DEFAULT_HEAD_CHUNK_TOKENS
-        pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        return torch.cat([self._chunk_logprobs(states, ids) for states, ids in pieces])
+        """(N, H) states and (N,) token ids -> (N,) float32 log-probs, `head_chunk_tokens` rows of logits at a time.
+
+        With gradients each chunk's logits are made again in the backward pass instead of being kept.
+        """
+        size = self._train.get("head_chunk_tokens") or DEFAULT_HEAD_CHUNK_TOKENS
+        chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            return torch.cat([self._chunk_logprobs(*chunk) for chunk in chunks])
+        return torch.cat([checkpoint(self._chunk_logprobs, *chunk, **self._checkpointing()) for chunk in chunks])
+
+    def _checkpointing(self) -> dict:
+        """Options of torch's checkpoint: a forward repeated in the backward pass needs the mode of its own, since the
+        one around it is switched off while autograd runs."""
+        return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._products())}
 
     def _chunk_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         head = self._model.get_output_embeddings()
@@ -89,18 +123,91 @@ class DenseTrainer:
             logits = logits / self._temperature
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
+    def update(self, batch: MiniBatch, algorithm: Algorithm) -> dict[str, float]:
+        """One gradient step on a mini-batch: forward and backward in micro-batches, then unscale, check, clip, step.
+
+        Returns the metrics of the step, named as in metrics.jsonl. A loss or gradient that is not finite skips the step.
+        """
+        size = self._train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE
+        order = sorted(range(len(batch.sequences)), key=lambda i: (len(batch.sequences[i][0]), i))
+        statistics: LossStatistics | None = None
+        total, underflow = 0.0, []
+        with self._products(), self._watch:
+            for start in range(0, len(order), size):
+                rows = batch.rows(order[start : start + size])
+                output = self._loss(rows, algorithm, len(batch.sequences), batch.num_response_tokens)
+                self.scaler.scale(output.loss).backward()
+                underflow.append(underflow_share(self._model))
+                self.masters.collect()
+                total += output.loss.item()
+                statistics = output.statistics if statistics is None else statistics + output.statistics
+        report = {"loss": total, "activation_max_abs": self._watch.largest, "grad_underflow_share": float(np.mean(underflow))}
+        return report | statistics.metrics() | self.masters.step(self.scaler, self._train.get("grad_clip"))
+
+    def _loss(self, rows: MiniBatch, algorithm: Algorithm, num_sequences: int, num_tokens: int):
+        padded = pad_sequences(rows.sequences, len(rows.sequences))
+        token_ids = torch.from_numpy(padded.token_ids).to(self._device)
+        mask = torch.from_numpy(padded.response_mask).to(self._device)
+
+        def spread(values: torch.Tensor) -> torch.Tensor:  # (N,) -> (B, T), 0 outside the mask
+            return torch.zeros(mask.shape, dtype=values.dtype, device=self._device).masked_scatter(mask, values)
+
+        given = [rows.old_trainer_logprobs, rows.rollout_logprobs]
+        old, rollout = (spread(torch.from_numpy(np.concatenate(arrays)).to(self._device)) for arrays in given)
+        return policy_loss(
+            algorithm, spread(self._response_logprobs(token_ids, mask)), old, rollout, mask,
+            torch.from_numpy(rows.advantages).to(self._device),
+            num_sequences=num_sequences, num_tokens=num_tokens, length_norm=rows.length_norm,
+        )  # fmt: skip
+
+    def named_weights(self, dtype: torch.dtype):
+        """(name, tensor) of every parameter as the checkpoint names them, rounded to `dtype` from the fp32 masters."""
+        rounded = {name: master.detach().to(dtype) for name, master in self.masters.masters.items()}
+        yield from revert_weight_conversion(self._model, rounded).items()  # transformers 5 fuses experts; checkpoints do not
+
+    @contextmanager
+    @torch.no_grad()
+    def moved_weights(self, move):
+        """Inside the context the masters are changed by `move(named masters)`; afterwards they are what they were."""
+        masters = self.masters.masters
+        kept = {name: master.detach().clone() for name, master in masters.items()}
+        move(masters.items())
+        self.masters.round()
+        try:
+            yield
+        finally:
+            for name, master in masters.items():
+                master.copy_(kept[name])
+            self.masters.round()
+
+    def state_dict(self) -> dict:
+        return {"masters": self.masters.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.masters.load_state_dict(state["masters"])
+        self.scaler.load_state_dict(state["scaler"])
+
     def executed(self) -> dict[str, str]:
-        compute = {dtype_name(p.dtype) for p in self._model.parameters()}
-        return {
+        """Dtypes of the live tensors; `optimizer_state` once a step was taken."""
+        points = {
             "checkpoint": self._checkpoint_dtype,
-            "compute": "+".join(sorted(compute)),
+            "compute": _dtypes(self._model.parameters()),
             "trainer_head": dtype_name(self._logits_dtype) if self._logits_dtype else "not scored yet",
             "arithmetic": self.arithmetic,
             "trainer_attention": self._model.config._attn_implementation,
         }
+        if self._can_train:
+            points["master_weights"] = points["gradient_reduction"] = _dtypes(self.masters.masters.values())
+            moments = [state["exp_avg"] for state in self.masters.optimizer.state.values()]
+            points |= {"optimizer_state": _dtypes(moments)} if moments else {}
+        return points
 
     def close(self) -> None:
         self._model = None
+
+
+def _dtypes(tensors) -> str:
+    return "+".join(sorted({dtype_name(tensor.dtype) for tensor in tensors}))
 
 
 def _dtype_on_disk(model_path: Path) -> str:

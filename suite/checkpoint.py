@@ -1,0 +1,48 @@
+"""Resume states of a run: written atomically, checked by hash when read, the last two kept.
+
+    checkpoint/step-00010.pt    torch.save of the state after 10 steps
+    checkpoint/step-00010.sha256
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+from suite.record import sha256_file, write_atomic
+
+KEEP = 2
+
+
+def save_checkpoint(folder: Path, num_steps: int, state: dict) -> None:
+    """State after `num_steps` steps. The hash is written last: a checkpoint without one was cut short."""
+    folder.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path = folder / f"step-{num_steps:05d}.pt"
+    write_atomic(path, buffer.getvalue())
+    write_atomic(path.with_suffix(".sha256"), sha256_file(path).encode())
+    for old in _paths(folder)[:-KEEP]:
+        old.with_suffix(".sha256").unlink(missing_ok=True)
+        old.unlink()
+
+
+def load_checkpoint(folder: Path) -> tuple[int, dict | None, list[str]]:
+    """(number of steps, state, what was passed over): the newest whole checkpoint; (0, None, ...) if there is none."""
+    passed_over = []
+    for path in reversed(_paths(folder)):
+        hash_file = path.with_suffix(".sha256")
+        if not hash_file.exists():
+            passed_over.append(f"{path.name}: its hash is missing, it was cut short")
+        elif sha256_file(path) != hash_file.read_text():
+            passed_over.append(f"{path.name}: its content does not have the recorded hash")
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return int(path.stem.split("-")[1]), state, passed_over
+    return 0, None, passed_over
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*.pt"))

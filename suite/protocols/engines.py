@@ -1,0 +1,95 @@
+"""The engines of a group of cells, loaded when first needed, and the small steps around them that protocols share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from suite.batch import Request, Rollout, request_seed
+from suite.data import Prompt, token_ids
+from suite.models import load_tokenizer, model_folder, stop_token_ids
+from suite.plan import Cell
+from suite.rewards import FORMAT_OF_TEMPLATE, RewardPool
+from suite.rollouts import load_sampler
+from suite.trainers import load_trainer
+
+# Cells that agree on these can share one sampler.
+SAMPLER_SETTINGS = ("model", "rollout", "precision.rollout", "precision.kv_cache", "precision.rollout_logits")
+
+
+class Engines:
+    """The sampler of a group and the trainers its cells ask for, each loaded when first needed."""
+
+    def __init__(self, cell: Cell):
+        self._cell = cell
+        self._sampler, self._trainers, self._folder, self._tokenizer = None, {}, None, None
+        self.rewards = RewardPool(FORMAT_OF_TEMPLATE[cell.get("data.template", "none")])
+
+    @property
+    def folder(self) -> Path:
+        self._folder = self._folder or model_folder(self._cell.settings["model"])
+        return self._folder
+
+    @property
+    def tokenizer(self):
+        self._tokenizer = self._tokenizer or load_tokenizer(self.folder)
+        return self._tokenizer
+
+    @property
+    def sampler(self):
+        if self._sampler is None:
+            rollout, dtype = self._cell.settings["rollout"], self._cell.get("precision.rollout")
+            self._sampler = load_sampler(self.folder, rollout, dtype, stop_token_ids(self.folder))
+        return self._sampler
+
+    def trainer(self, cell: Cell):
+        """The trainer of a cell, or None if its protocol has no trainer."""
+        train, precision = cell.settings.get("train"), cell.settings["precision"]
+        if train is None:
+            return None
+        key = json.dumps([train, precision], sort_keys=True)
+        if key not in self._trainers:
+            temperature = cell.get("rollout.temperature")
+            self._trainers[key] = load_trainer(self.folder, train, precision, temperature)
+        return self._trainers[key]
+
+    def new_trainer(self, cell: Cell):
+        """A trainer at the checkpoint's weights, for a run that will change them."""
+        return load_trainer(self.folder, cell.settings["train"], cell.settings["precision"], cell.get("rollout.temperature"))
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self._cell.get("rollout.samples_per_prompt")
+
+    def requests(self, prompts: list[Prompt], *seed_parts) -> list[Request]:
+        """One request per prompt and sample; its seed is made of `seed_parts`, the prompt and the sample."""
+        samples = range(self.samples_per_prompt)
+        tokens = [tuple(token_ids(prompt, self.tokenizer)) for prompt in prompts]
+        return [
+            Request(prompt.prompt_id, sample, ids, request_seed(*seed_parts, prompt.prompt_id, sample))
+            for prompt, ids in zip(prompts, tokens, strict=True)
+            for sample in samples
+        ]
+
+    def reward(self, rollouts: list[Rollout], prompts: list[Prompt]) -> list[float]:
+        """1.0 or 0.0 per rollout."""
+        responses = [rollout.response_token_ids for rollout in rollouts]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        gold_of = {prompt.prompt_id: prompt.gold for prompt in prompts}
+        golds = [gold_of[rollout.request.prompt_id] for rollout in rollouts]
+        truncated = [rollout.finish_reason == "length" for rollout in rollouts]
+        return [reward.value for reward in self.rewards.score(texts, golds, truncated)]
+
+    def close(self) -> None:
+        for engine in (self._sampler, *self._trainers.values(), self.rewards):
+            if engine is not None:
+                engine.close()
+
+
+def group_cells(cells: list[Cell], paths: tuple[str, ...]) -> list[list[Cell]]:
+    """Cells with equal values at the given settings, in order of first appearance."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        values = [cell.seed if path == "seed" else cell.get(path, None) for path in paths]
+        groups.setdefault(json.dumps(values, sort_keys=True), []).append(cell)
+    return list(groups.values())

@@ -1,0 +1,228 @@
+"""Protocol `rl`: fine-tune on a small set of problems with one algorithm, in one precision, and record every step.
+
+    prove the sync, once                         the sampler follows every trainer weight (sync.py)
+    for each step
+        sample      G rollouts of each prompt from mu, whose log-probs are kept
+        reward      1 or 0
+        score       log pi(theta') of the same tokens by the trainer
+        mismatch    mu against pi, before any update
+        update      mini-batches: loss, scale, backward, unscale, clip, step
+        sync        the new weights to the sampler, and the probe that they arrived
+        record      evidence, one line of metrics; a checkpoint every few steps
+
+All randomness is a function of launch seed and step: the order of problems, the mini-batches, the sampling noise. So a
+run that was killed goes on from its last checkpoint and ends with the same series, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from suite.algorithms import Algorithm, resolve
+from suite.batch import MiniBatch, Rollout, evidence_table, request_seed
+from suite.checkpoint import load_checkpoint, save_checkpoint
+from suite.data import Prompt, load_prompts
+from suite.evidence import summarise
+from suite.losses import advantages
+from suite.mismatch import concat_sums, estimates
+from suite.plan import Cell
+from suite.precision import Precision
+from suite.protocols import Session
+from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
+from suite.record import Run, RunWriter, read_evidence
+from suite.sync import Probe, check_gap, prove_sync, sync_weights
+
+DEFAULT_CHECKPOINT_EVERY = 10
+NUM_PROBE_PROMPTS = 8
+DIVERGED_AFTER = 10  # steps in a row in which no gradient was finite
+
+
+def run(cells: list[Cell], session: Session) -> None:
+    for group in group_cells(cells, SAMPLER_SETTINGS):
+        engines = Engines(group[0])
+        try:
+            for cell in group:
+                _open_and_run(cell, engines, session)
+        finally:
+            engines.close()
+
+
+def _open_and_run(cell: Cell, engines: Engines, session: Session) -> None:
+    writer = session.open_cell(cell)
+    if isinstance(writer, Run):
+        session.progress(cell.name, 1, 1, "complete already")
+        return
+    try:
+        _run_cell(cell, writer, engines, session)
+    except BaseException as error:
+        if writer.is_open:
+            writer.fail("rl", error)
+        raise
+
+
+def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session) -> None:
+    # --- what is trained, on what, how
+    schedule = cell.settings["schedule"]
+    num_steps = min(schedule["steps"], session.limit or schedule["steps"])
+    settings = dict(cell.settings["algorithm"])
+    shuffle_rewards = settings.pop("shuffle_rewards", False)
+    algorithm = resolve(settings.pop("name"), **settings)
+    prompts = load_prompts(cell.settings["data"], cell.get("data.seed", None) or 0)
+    wire = Precision.of(cell.settings["precision"]).wire
+    sampler, trainer = engines.sampler, engines.new_trainer(cell)
+
+    # --- where an earlier attempt stopped
+    done, state, passed_over = load_checkpoint(writer.folder / "checkpoint")
+    done = min(done, writer.parts_done)
+    writer.rewind(done)
+    if passed_over:
+        session.progress(cell.name, done, num_steps, "; ".join(passed_over))
+        writer.update(recovered=[*writer.record.get("recovered", []), *passed_over])
+
+    # --- both engines hold the checkpoint's weights: prove that the sampler follows the trainer
+    sync_weights(trainer, sampler, wire)
+    probe = _probe(prompts, engines)
+    floor = prove_sync(trainer, sampler, wire, probe)
+    writer.update(sync_floor={"logprob_diff_mean": floor.logprob_diff_mean, "k3": floor.k3})
+    if state:
+        trainer.load_state_dict(state)
+        sync_weights(trainer, sampler, wire)
+
+    # --- the loop
+    skipped_in_a_row = 0
+    for step in range(done, num_steps):
+        clock = Clock()
+        batch = _prompts_of_step(prompts, schedule["prompts_per_step"], step, cell.seed)
+        rollouts = sampler.sample(engines.requests(batch, cell.seed, step))
+        clock.lap("t_sample_s")
+        rewards = engines.reward(rollouts, batch)
+        clock.lap("t_rest_s")
+
+        sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
+        trainer_logprobs = trainer.score(sequences)
+        clock.lap("t_score_s")
+        evidence = evidence_table(rollouts, trainer_logprobs, step, rewards)
+        row = _mismatch(step, rollouts, evidence)
+        clock.lap("t_rest_s")
+
+        taught = _shuffled(rewards, cell.seed, step) if shuffle_rewards else rewards
+        whole = _whole_batch(rollouts, sequences, trainer_logprobs, taught, algorithm, cell)
+        parts = _minibatches(batch, rollouts, schedule["minibatches"], cell.seed, step)
+        updates = [trainer.update(whole.rows(part), algorithm) for part in parts]
+        clock.lap("t_train_s")
+
+        sync_weights(trainer, sampler, wire)
+        gap = probe.gap(sampler, trainer)
+        check_gap(gap, floor, f"after step {step}")
+        clock.lap("t_sync_s")
+
+        row |= _training(updates) | {"sync_probe_k3": gap.k3, "sync_probe_logprob_diff_mean": gap.logprob_diff_mean}
+        clock.lap("t_rest_s")
+        writer.append(row | clock.laps, evidence)
+        if writer.record["precision_executed"] == {}:
+            writer.update(precision_executed=sampler.executed() | trainer.executed() | {"wire": wire})
+        if (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps:
+            save_checkpoint(writer.folder / "checkpoint", step + 1, trainer.state_dict())
+        session.progress(cell.name, step + 1, num_steps, f"reward {row['reward_mean']:.3f}, k3 {row['k3_nats_per_token']:.1e}")
+
+        skipped_in_a_row = skipped_in_a_row + 1 if row["step_skipped"] == len(updates) else 0
+        if skipped_in_a_row == DIVERGED_AFTER:
+            break
+    _finish(writer, diverged=skipped_in_a_row == DIVERGED_AFTER)
+
+
+class Clock:
+    """Wall time by phase, seconds; a phase may have several laps."""
+
+    def __init__(self):
+        self._last, self.laps = time.perf_counter(), {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[phase] = round(self.laps.get(phase, 0.0) + now - self._last, 5)
+        self._last = now
+
+
+def _prompts_of_step(prompts: list[Prompt], num: int, step: int, seed: int) -> list[Prompt]:
+    """The next `num` problems: every pass over the set is a new permutation, and no problem comes twice in a pass."""
+    chosen = []
+    for position in range(step * num, (step + 1) * num):
+        epoch, place = divmod(position, len(prompts))
+        order = np.random.default_rng(request_seed(seed, "order", epoch)).permutation(len(prompts))
+        chosen.append(prompts[order[place]])
+    return chosen
+
+
+def _mismatch(step: int, rollouts: list[Rollout], evidence) -> dict:
+    """The part of a step's metrics that exists before any update."""
+    logprobs = np.concatenate([rollout.rollout_logprobs for rollout in rollouts]).astype(np.float64)
+    counts = {"step": step, "num_rollouts": len(rollouts), "num_response_tokens": int(logprobs.size)}
+    return counts | estimates(summarise(evidence)) | {"entropy_nats": float(-logprobs.mean()) if logprobs.size else None}
+
+
+def _shuffled(rewards: list[float], seed: int, step: int) -> list[float]:
+    """The control that must not learn: the step's rewards, handed to other rollouts."""
+    order = np.random.default_rng(request_seed(seed, "shuffle", step)).permutation(len(rewards))
+    return [rewards[i] for i in order]
+
+
+def _whole_batch(rollouts, sequences, trainer_logprobs, rewards, algorithm: Algorithm, cell: Cell) -> MiniBatch:
+    _, groups = np.unique([rollout.request.prompt_id for rollout in rollouts], return_inverse=True)
+    return MiniBatch(
+        sequences=sequences,
+        rollout_logprobs=[rollout.rollout_logprobs for rollout in rollouts],
+        old_trainer_logprobs=trainer_logprobs,
+        advantages=advantages(torch.tensor(rewards), torch.from_numpy(groups), algorithm.advantage).float().numpy(),
+        length_norm=cell.get("rollout.max_tokens"),
+    )
+
+
+def _minibatches(prompts: list[Prompt], rollouts: list[Rollout], num: int, seed: int, step: int) -> list[list[int]]:
+    """Rollout indices of each gradient step: whole groups, in a random order of their prompts."""
+    order = np.random.default_rng(request_seed(seed, "minibatches", step)).permutation(len(prompts))
+    groups: dict[str, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.request.prompt_id, []).append(index)
+    parts = np.array_split(order, num)
+    return [[i for place in part for i in groups[prompts[place].prompt_id]] for part in parts]
+
+
+MEANS = ("loss", "grad_norm", "grad_underflow_share", "clip_fraction", "importance_weight_mean", "effective_sample_size",
+         "truncated_fraction", "masked_fraction")  # fmt: skip
+MAXIMA = ("importance_weight_max", "activation_max_abs", "grad_scaled_max_abs")
+
+
+def _training(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The gradient steps of one iteration as one set of metrics; a skipped step has no gradient norm."""
+    row = {"loss_scale": updates[-1]["loss_scale"], "step_skipped": sum(update["step_skipped"] for update in updates)}
+    for names, reduce in ((MEANS, np.mean), (MAXIMA, np.max)):
+        for name in names:
+            values = [update[name] for update in updates if name in update]
+            values = [v for v in values if not (name == "grad_norm" and math.isnan(v))]
+            if values:
+                row[name] = float(reduce(values))
+    return row
+
+
+def _probe(prompts: list[Prompt], engines: Engines) -> Probe:
+    """Fixed sequences: the sampler's own rollouts of the first problems, before any training."""
+    rollouts = engines.sampler.sample(engines.requests(prompts[:NUM_PROBE_PROMPTS], "probe"))[:: engines.samples_per_prompt]
+    return Probe([(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts])
+
+
+def _finish(writer: RunWriter, diverged: bool) -> None:
+    evidence = read_evidence(writer.folder)
+    sums = concat_sums([summarise(evidence)])
+    counts = {
+        "num_prompts": len(sums["prompt_id"]),
+        "num_rollouts": evidence.num_rows,
+        "num_response_tokens": int(np.sum(sums["num_response_tokens"])),
+        "num_steps": len(writer.metrics),
+        "num_skipped_steps": sum(row["step_skipped"] for row in writer.metrics),
+    }
+    status = "diverged" if diverged else "success"
+    writer.finish(status, summary=sums, counts=counts, series_summary=estimates(sums))

@@ -1,0 +1,93 @@
+"""Weight sync from trainer to sampler, and the proof that it happened.
+
+vLLM can keep stale weights silently after a reload: on a CPU it packs some weights into kernel layouts of their own, and
+a reload that writes the plain tensor leaves the packed copy behind (tied output heads in fp32 and bf16, MoE experts in
+every dtype). The same class of fault has bitten others on GPUs. So a sync is proved, not assumed:
+
+    floor      right after both engines loaded the checkpoint: log-prob gap between sampler and trainer on fixed sequences
+    challenge  every weight is moved by a few percent, synced, compared, and moved back: a weight that did not arrive
+               leaves a gap far above the floor, in any dtype
+    probe      after each later sync: the same comparison, to be read against the floor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from suite.precision import torch_dtype
+from suite.rollouts import Sampler
+
+CHALLENGE_SCALE = 0.1  # relative size of the random move of each weight in the challenge
+# A gap is "at the floor" up to this factor plus this many nats (mean |dlogp|). The floor moves with the weights, in
+# 16-bit precisions by tens of percent; a stale tensor in the challenge moves the gap by orders of magnitude.
+TOLERATED_FACTOR, TOLERATED_NATS = 4.0, 2e-6
+
+
+class SyncError(RuntimeError):
+    """The sampler does not hold the trainer's weights."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Distance between sampler and trainer on the probe sequences: mean |log mu - log pi| and k3, nats per token."""
+
+    logprob_diff_mean: float
+    k3: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed sequences on which sampler and trainer are compared, teacher-forced on both sides."""
+
+    sequences: list[tuple[list[int], int]]
+
+    def gap(self, sampler: Sampler, trainer) -> Gap:
+        mu = np.concatenate(sampler.score(self.sequences)).astype(np.float64)
+        pi = np.concatenate(trainer.score(self.sequences)).astype(np.float64)
+        r = pi - mu
+        return Gap(float(np.abs(r).mean()), float((np.expm1(r) - r).mean()))
+
+
+def sync_weights(trainer, sampler: Sampler, wire: str) -> None:
+    """Hand the trainer's fp32 masters, rounded to the wire dtype, to the sampler."""
+    sampler.load_weights(trainer.named_weights(torch_dtype(wire)))
+
+
+def prove_sync(trainer, sampler: Sampler, wire: str, probe: Probe) -> Gap:
+    """Measure the floor, run the challenge, and leave both engines with the weights they came with; returns the floor.
+
+    Raises SyncError if a challenge weight did not arrive, or if the way back does not end at the floor again.
+    """
+    floor = probe.gap(sampler, trainer)
+    with trainer.moved_weights(_mover(seed=0)):
+        sync_weights(trainer, sampler, wire)
+        check_gap(probe.gap(sampler, trainer), floor, "after every weight was moved and synced")
+    sync_weights(trainer, sampler, wire)
+    check_gap(probe.gap(sampler, trainer), floor, "after the weights were moved back and synced")
+    return floor
+
+
+def check_gap(gap: Gap, floor: Gap, when: str) -> None:
+    allowed = TOLERATED_FACTOR * floor.logprob_diff_mean + TOLERATED_NATS
+    if not gap.logprob_diff_mean <= allowed:
+        raise SyncError(
+            f"weight sync: {when}, sampler and trainer differ by {gap.logprob_diff_mean:.3g} nats per token on the probe, "
+            f"allowed {allowed:.3g} (floor after loading from disk: {floor.logprob_diff_mean:.3g}): "
+            "the sampler holds stale weights"
+        )
+
+
+def _mover(seed: int) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
+    """Multiplies each weight, in place, by 1 + CHALLENGE_SCALE x a random sign: no weight keeps its value."""
+
+    def move(named_tensors) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _, tensor in named_tensors:
+            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device, tensor.dtype) * 2 - 1
+            tensor.mul_(1 + CHALLENGE_SCALE * signs)
+
+    return move

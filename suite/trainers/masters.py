@@ -1,0 +1,87 @@
+"""fp32 master weights behind parameters of any compute dtype, and the AdamW that moves them.
+
+16-bit weights cannot hold an RL update: at lr 1e-6 a step is far below the spacing of bf16 numbers and would round to
+nothing. So the optimizer works on fp32 copies and the compute parameters are rounded from them after every step. For an
+fp32 trainer the parameters are their own masters.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from suite.trainers.loss_scale import LossScaler
+
+
+class MasterWeights:
+    """Masters, gradients and optimizer state of a list of compute parameters; all fp32, on the parameters' device."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], dtype: torch.dtype, optimizer: dict):
+        """Takes fp32 parameters by name, keeps their values as masters, and turns the parameters into `dtype` ones."""
+        self.compute, self.masters = parameters, {}
+        for name, parameter in parameters.items():
+            if dtype == torch.float32:
+                self.masters[name] = parameter
+            else:
+                self.masters[name] = torch.nn.Parameter(parameter.detach().clone())
+                parameter.data = parameter.data.to(dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.masters.values(), lr=optimizer["lr"], betas=tuple(optimizer["betas"]), eps=optimizer["eps"],
+            weight_decay=optimizer["weight_decay"], fused=True,
+        )  # fmt: skip
+        self._lr, self._warmup_steps = optimizer["lr"], optimizer.get("warmup_steps") or 0
+
+    def collect(self) -> None:
+        """Add the compute gradients of one micro-batch to the masters' fp32 gradients, and drop them."""
+        for name, p in self.compute.items():
+            master = self.masters[name]
+            if p is master or p.grad is None:
+                continue
+            gradient = p.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            p.grad = None
+
+    def step(self, scaler: LossScaler, grad_clip: float | None) -> dict[str, float]:
+        """Unscale, check, clip, update, round. A step with a gradient that is not finite is skipped and counted.
+
+        Returns grad_norm (before clipping; nan for a skipped step), loss_scale (that the gradients were made with),
+        step_skipped (0 or 1) and the headroom of the scaled gradients.
+        """
+        masters = list(self.masters.values())
+        loss_scale = scaler.scale_value
+        skipped = scaler.unscale_and_check(masters)
+        norm = math.nan
+        if not skipped:
+            norm = torch.nn.utils.clip_grad_norm_(masters, grad_clip or math.inf).item()
+            skipped = not math.isfinite(norm)  # finite elements whose norm overflows: clipping would make them zero
+        if not skipped:
+            self._warm_up(scaler.num_steps - scaler.num_skipped)
+            self.optimizer.step()
+            self.round()
+        for master in masters:
+            master.grad = None
+        largest = scaler.max_abs_scaled_grad
+        scaler.update(skipped)
+        return {"grad_norm": norm, "loss_scale": loss_scale, "step_skipped": int(skipped), "grad_scaled_max_abs": largest}
+
+    def _warm_up(self, steps_done: int) -> None:
+        share = min(1.0, (steps_done + 1) / self._warmup_steps) if self._warmup_steps else 1.0
+        self.optimizer.param_groups[0]["lr"] = self._lr * share
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Set the compute parameters to the masters, rounded to their dtype."""
+        for name, p in self.compute.items():
+            if p is not self.masters[name]:
+                p.copy_(self.masters[name])
+
+    def state_dict(self) -> dict:
+        return {"masters": {n: m.detach() for n, m in self.masters.items()}, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        for name, master in self.masters.items():
+            master.copy_(state["masters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.round()

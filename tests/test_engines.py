@@ -1,0 +1,99 @@
+"""The real engines against each other: vLLM, the HF sampler and the dense trainer compute one function."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from suite.batch import Request  # noqa: E402
+from suite.precision import contract_breaches  # noqa: E402
+from suite.rollouts import load_sampler  # noqa: E402
+from suite.trainers import load_trainer  # noqa: E402
+from small_models import EOS, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def vllm_fp32(model):
+    sampler = load_sampler(model, ROLLOUT, "fp32", [EOS])
+    yield sampler
+    sampler.close()
+
+
+def hf_sampler(model, dtype="fp32", **changes):
+    return load_sampler(model, ROLLOUT | {"engine": "hf"} | changes, dtype, [EOS])
+
+
+def gap(scores, rollouts):
+    reported = np.concatenate([rollout.rollout_logprobs for rollout in rollouts]).astype(float)
+    return np.abs(np.concatenate(scores) - reported)
+
+
+def test_each_sampler_agrees_with_the_other_on_its_tokens_in_fp32(model, vllm_fp32):
+    hf = hf_sampler(model)
+    for sampler, scorer in ((vllm_fp32, hf), (hf, vllm_fp32)):
+        rollouts = sampler.sample(some_requests(24))
+        difference = gap(scorer.score(as_sequences(rollouts)), rollouts)
+        assert difference.size > 300
+        assert difference.mean() <= 1e-5 and difference.max() <= 1e-3
+
+
+def test_the_trainer_agrees_with_vllm_to_the_fp32_floor(model, vllm_fp32):
+    rollouts = vllm_fp32.sample(some_requests())
+    trainer = load_trainer(model, TRAIN, {"rollout": "fp32", "train": "fp32"}, 1.0)
+    r = np.concatenate(trainer.score(as_sequences(rollouts))).astype(float) - np.concatenate(
+        [rollout.rollout_logprobs for rollout in rollouts]
+    )
+    assert (np.expm1(r) - r).mean() < 1e-9
+
+
+def test_a_used_engine_repeats_its_rollouts_byte_for_byte(vllm_fp32):
+    first = vllm_fp32.sample(some_requests())
+    vllm_fp32.sample(some_requests(seed=5))
+    again = vllm_fp32.sample(some_requests())
+    for a, b in zip(first, again, strict=True):
+        assert a.response_token_ids == b.response_token_ids
+        assert a.rollout_logprobs.tobytes() == b.rollout_logprobs.tobytes()
+
+
+def test_the_sampler_samples_from_the_distribution_it_reports(model):
+    """64 draws of the first token after one prompt: the frequencies follow exp of the reported log-probs."""
+    sampler = hf_sampler(model, max_tokens=1)
+    prompt = tuple(range(5, 15))
+    rollouts = sampler.sample([Request("p", i, prompt, 1000 + i) for i in range(2000)])
+    reported = {r.response_token_ids[0]: float(np.exp(r.rollout_logprobs[0])) for r in rollouts}
+    counts = {token: 0 for token in reported}
+    for rollout in rollouts:
+        counts[rollout.response_token_ids[0]] += 1
+    for token, probability in reported.items():
+        sigma = np.sqrt(probability * (1 - probability) / 2000)
+        assert abs(counts[token] / 2000 - probability) < 5 * sigma + 1e-3
+
+
+def test_no_room_for_a_response_gives_an_empty_one(model, vllm_fp32):
+    """A prompt as long as the context: nothing can be sampled, nothing crashes, and the others are as before."""
+    long = Request("long", 0, tuple(5 + i % 50 for i in range(ROLLOUT["max_model_len"])), 1)
+    for sampler in (vllm_fp32, hf_sampler(model)):
+        rollouts = sampler.sample([long, *some_requests(2)])
+        assert rollouts[0].response_token_ids == [] and rollouts[0].finish_reason == "length"
+        assert rollouts[0].rollout_logprobs.shape == (0,)
+        assert all(rollout.num_response_tokens > 0 for rollout in rollouts[1:])
+
+
+def test_16_bit_engines_run_in_the_dtype_that_was_asked_for(model):
+    asked = {"rollout": "bf16", "train": "fp16"}
+    sampler = load_sampler(model, ROLLOUT, "bf16", [EOS])
+    trainer = load_trainer(model, TRAIN, asked, 1.0)
+    trainer.score(as_sequences(sampler.sample(some_requests(4))))
+    executed = sampler.executed() | trainer.executed()
+    sampler.close()
+    assert contract_breaches(asked, executed) == []
+    assert contract_breaches({"rollout": "fp16", "train": "fp16"}, executed), "the same engines breach another contract"
+    assert executed["checkpoint"] == "fp32" and executed["kv_cache"] == "bf16"
