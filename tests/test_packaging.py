@@ -34,6 +34,14 @@ def test_extras_ask_for_the_versions_of_the_lock(kind):
     assert {name: pins(kind)[name].removesuffix("+cpu") for name in exact} == exact
 
 
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_a_lock_holds_what_tests_and_the_speed_comparison_need(kind):
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert extras["bench"] == [f"trl=={pins(kind)['trl']}"]
+    major, minor = map(int, pins(kind)["pytest"].split(".")[:2])
+    assert (major, minor) < (9, 2), "pytest 9.2.0 with pytest-xdist 3.8.0 ignores xdist_group"
+
+
 def test_the_cpu_lock_cannot_pull_cuda():
     assert pins("cpu")["torch"].endswith("+cpu")
     assert not pins("cpu").keys() & {"torchvision", "torchaudio", "torchcodec"}
@@ -47,7 +55,12 @@ def test_both_locks_train_with_the_same_code():
 
 def test_every_package_folder_is_listed():
     folders = {".".join(path.parent.relative_to(REPO).parts) for path in (REPO / "suite").rglob("__init__.py")}
-    assert folders <= set(PYPROJECT["tool"]["setuptools"]["packages"])
+    assert folders == set(PYPROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_the_package_is_python_alone():
+    others = [path for path in (REPO / "suite").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert not others, "package data has to be declared in pyproject.toml"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
