@@ -46,6 +46,11 @@ class Precision:
         follows = {"wire": rollout, "trainer_head": train, "rollout_logits": rollout, "kv_cache": rollout}
         return cls(rollout, train, **{point: asked.get(point) or default for point, default in follows.items()})
 
+    @property
+    def coarser(self) -> str:
+        """Of sampler and trainer, the one with fewer mantissa bits."""
+        return max(self.rollout, self.train, key=("fp32", "fp16", "bf16").index)
+
     def describe(self) -> str:
         return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
 

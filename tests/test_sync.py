@@ -6,7 +6,7 @@ pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from suite.rollouts import load_sampler  # noqa: E402
-from suite.sync import Gap, Probe, SyncError, check_gap, prove_sync, sync_weights  # noqa: E402
+from suite.sync import Gap, Probe, SyncError, prove_sync, sync_weights  # noqa: E402
 from suite.trainers import load_trainer  # noqa: E402
 from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
 
@@ -36,14 +36,14 @@ def test_every_weight_arrives_and_a_stale_one_is_caught_at_the_first_sync(tmp_pa
     sampler = load_sampler(folder, ROLLOUT, dtype, [EOS])
     try:
         trainer = load_trainer(folder, TRAIN | {"optimizer": OPTIMIZER}, {"rollout": dtype, "train": dtype}, 1.0)
-        probe = Probe(as_sequences(sampler.sample(some_requests(8))))
+        probe = Probe(as_sequences(sampler.sample(some_requests(8))), dtype)
         floor = prove_sync(trainer, sampler, dtype, probe)
         assert floor.logprob_diff_mean < {"fp32": 1e-5, "bf16": 0.1, "fp16": 0.02}[dtype]
         if stale_without_repair:
             with pytest.raises(SyncError, match="stale weights"):
                 prove_sync(trainer, WithoutRepair(sampler), dtype, probe)
             sync_weights(trainer, sampler, dtype)  # the repaired path mends what the other left behind
-            check_gap(probe.gap(sampler, trainer), floor, "after the repair")
+            probe.check(probe.gap(sampler, trainer), floor, "after the repair")
         else:
             prove_sync(trainer, WithoutRepair(sampler), dtype, probe)
     finally:
@@ -55,17 +55,17 @@ def test_one_perturbed_weight_in_the_sampler_is_caught(tmp_path):
     sampler = load_sampler(folder, ROLLOUT, "fp32", [EOS])
     try:
         trainer = load_trainer(folder, TRAIN | {"optimizer": OPTIMIZER}, {"rollout": "fp32", "train": "fp32"}, 1.0)
-        probe = Probe(as_sequences(sampler.sample(some_requests(8))))
+        probe = Probe(as_sequences(sampler.sample(some_requests(8))), "fp32")
         floor = prove_sync(trainer, sampler, "fp32", probe)
         weights = dict(trainer.named_weights(next(iter(trainer.masters.masters.values())).dtype))
         weights["model.layers.1.mlp.down_proj.weight"] = weights["model.layers.1.mlp.down_proj.weight"] * 1.02
         sampler.load_weights(weights.items())
         with pytest.raises(SyncError, match="after one weight was perturbed"):
-            check_gap(probe.gap(sampler, trainer), floor, "after one weight was perturbed")
+            probe.check(probe.gap(sampler, trainer), floor, "after one weight was perturbed")
     finally:
         sampler.close()
 
 
 def test_a_gap_that_is_not_a_number_is_not_at_the_floor():
     with pytest.raises(SyncError):
-        check_gap(Gap(float("nan"), float("nan")), Gap(1e-7, 1e-13), "after a step")
+        Probe([], "bf16").check(Gap(float("nan"), float("nan")), Gap(1e-7, 1e-13), "after a step")

@@ -34,7 +34,7 @@ from suite.precision import Precision
 from suite.protocols import Session
 from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
 from suite.record import Run, RunWriter, read_evidence
-from suite.sync import Probe, check_gap, prove_sync, sync_weights
+from suite.sync import Probe, prove_sync, sync_weights
 
 DEFAULT_CHECKPOINT_EVERY = 10
 NUM_PROBE_PROMPTS = 8
@@ -72,7 +72,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     shuffle_rewards = settings.pop("shuffle_rewards", False)
     algorithm = resolve(settings.pop("name"), **settings)
     prompts = load_prompts(cell.settings["data"], cell.get("data.seed", None) or 0)
-    wire = Precision.of(cell.settings["precision"]).wire
+    precision = Precision.of(cell.settings["precision"])
+    wire = precision.wire
     sampler, trainer = engines.sampler, engines.new_trainer(cell)
 
     # --- where an earlier attempt stopped
@@ -85,7 +86,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
     # --- both engines hold the checkpoint's weights: prove that the sampler follows the trainer
     sync_weights(trainer, sampler, wire)
-    probe = _probe(prompts, engines)
+    probe = _probe(prompts, engines, precision.coarser)
     floor = prove_sync(trainer, sampler, wire, probe)
     writer.update(sync_floor={"logprob_diff_mean": floor.logprob_diff_mean, "k3": floor.k3})
     if state:
@@ -117,7 +118,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
         sync_weights(trainer, sampler, wire)
         gap = probe.gap(sampler, trainer)
-        check_gap(gap, floor, f"after step {step}")
+        probe.check(gap, floor, f"after step {step}")
         clock.lap("t_sync_s")
 
         row |= _training(updates) | {"sync_probe_k3": gap.k3, "sync_probe_logprob_diff_mean": gap.logprob_diff_mean}
@@ -208,10 +209,10 @@ def _training(updates: list[dict[str, float]]) -> dict[str, float]:
     return row
 
 
-def _probe(prompts: list[Prompt], engines: Engines) -> Probe:
+def _probe(prompts: list[Prompt], engines: Engines, precision: str) -> Probe:
     """Fixed sequences: the sampler's own rollouts of the first problems, before any training."""
     rollouts = engines.sampler.sample(engines.requests(prompts[:NUM_PROBE_PROMPTS], "probe"))[:: engines.samples_per_prompt]
-    return Probe([(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts])
+    return Probe([(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts], precision)
 
 
 def _finish(writer: RunWriter, diverged: bool) -> None:

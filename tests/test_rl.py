@@ -1,0 +1,225 @@
+"""The RL loop on real engines: resume, what a step records, and the edges of a batch."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from suite.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from suite.plan import Cell  # noqa: E402
+from suite.protocols import Session, rl  # noqa: E402
+from suite.record import Run, find_runs, open_run, read_evidence, read_metrics  # noqa: E402
+from small_models import OPTIMIZER, ROLLOUT  # noqa: E402
+from test_record import OneTask  # noqa: E402
+
+pytestmark = pytest.mark.engine
+
+NUM_STEPS = 8
+SETTINGS = {
+    "model": {"path": "baselines/desk/qwen2-1m", "id": None, "revision": None, "sha256": None, "family": "qwen2"},
+    "data": {"id": "desk/sum-mod-100", "template": "desk", "num_prompts": 8, "num_terms": [3, 5]},
+    "rollout": ROLLOUT | {"engine": "hf", "samples_per_prompt": 4, "max_tokens": 64},
+    "train": {"engine": "dense", "score_batch_size": 8, "micro_batch_size": 8, "grad_clip": 1.0, "optimizer": OPTIMIZER | {"lr": 3e-5}},
+    "precision": {"rollout": "fp16", "train": "fp16", "loss_scaling": {"enabled": True}},
+    "algorithm": {"name": "GRPO"},
+    "schedule": {"steps": NUM_STEPS, "prompts_per_step": 4, "minibatches": 2, "checkpoint_every": 2},
+}  # fmt: skip
+
+
+def settings(**changes):
+    merged = {section: dict(values) for section, values in SETTINGS.items()}
+    for path, value in changes.items():
+        section, name = path.split("__")
+        merged[section][name] = value
+    return merged
+
+
+def run(root: Path, progress=lambda *a, **k: None, seed: int = 0, **changes) -> Run:
+    cell = Cell("t", 1, "fp16", (), seed, settings(**changes))
+
+    def open_cell(cell):
+        return open_run(root, OneTask(), cell, {"packages": {}}, "cpu")
+
+    rl.run([cell], Session(OneTask(), None, progress, open_cell))
+    return find_runs(root, "t")[0]
+
+
+def series(run_or_folder) -> list[dict]:
+    """The metrics without wall times: what must be bit-equal."""
+    rows = read_metrics(run_or_folder) if isinstance(run_or_folder, Path) else run_or_folder.metrics
+    return [{name: value for name, value in row.items() if not name.startswith("t_")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("straight"))
+
+
+def test_a_run_records_every_step_with_both_log_probs(straight):
+    assert straight.status == "success" and len(straight.metrics) == NUM_STEPS
+    first = straight.metrics[0]
+    assert first["num_rollouts"] == 16 and 0 <= first["reward_mean"] <= 1
+    assert 0 < first["k3_nats_per_token"] < 1e-3, "fp16 on both sides"
+    for name in ("grad_norm", "loss_scale", "clip_fraction", "importance_weight_mean", "effective_sample_size",
+                 "sync_probe_k3", "activation_max_abs", "grad_underflow_share", "t_sample_s", "t_score_s", "t_train_s",
+                 "t_sync_s", "t_rest_s", "entropy_nats"):  # fmt: skip
+        assert np.isfinite(first[name]), name
+    evidence = read_evidence(straight.folder)
+    assert evidence.num_rows == NUM_STEPS * 16
+    assert straight.record["precision_executed"]["wire"] == "fp16"
+    assert straight.record["precision_executed"]["optimizer_state"] == "fp32"
+
+
+def test_every_pass_over_the_problems_takes_each_once(straight):
+    ids = read_evidence(straight.folder)["prompt_id"].to_pylist()
+    per_pass = 2 * 16  # two steps of four problems, four rollouts each
+    passes = [ids[start : start + per_pass] for start in range(0, len(ids), per_pass)]
+    for one in passes:
+        assert sorted(set(one)) == sorted(set(ids)) and len(set(one)) == 8
+    assert passes[0] != passes[1], "a new order each pass"
+
+
+CHILD = """
+import sys
+sys.path[:0] = [{tests!r}]
+from pathlib import Path
+import test_rl
+test_rl.run(Path({root!r}), progress=lambda name, done, total, note="": print("step", done, flush=True), **{changes!r})
+print("finished", flush=True)
+"""
+
+
+def kill_and_resume(root: Path, num_kills: int, num_steps: int, **changes) -> int:
+    """Run in child processes that are killed at random moments until one finishes; how many were killed."""
+    code = CHILD.format(tests=str(Path(__file__).parent), root=str(root), changes=changes)
+    draw, killed = random.Random(0), 0
+    for _ in range(num_kills + 1):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if killed < num_kills:
+            for _ in range(draw.randint(1, max(1, num_steps // (num_kills + 1)) + 2)):
+                line = child.stdout.readline()
+            time.sleep(draw.random() * 0.3)
+            if "finished" not in line and child.poll() is None:
+                child.send_signal(signal.SIGKILL)
+                killed += 1
+        _, errors = child.communicate()
+        if child.returncode not in (0, -signal.SIGKILL):
+            raise AssertionError(errors[-2000:])
+    return killed
+
+
+def test_kill_nine_at_random_moments_and_the_series_is_the_uninterrupted_one(straight, tmp_path):
+    """Two kills here; SUITE_KILLS=10 SUITE_KILL_ENGINE=vllm runs the long version (30 steps, real vLLM)."""
+    num_kills, engine = int(os.environ.get("SUITE_KILLS", "2")), os.environ.get("SUITE_KILL_ENGINE", "hf")
+    changes, reference = {}, straight
+    if num_kills > 2 or engine != "hf":
+        changes = {"schedule__steps": 30, "rollout__engine": engine}
+        reference = run(tmp_path / "reference", **changes)
+    killed = kill_and_resume(tmp_path / "killed", num_kills, len(reference.metrics), **changes)
+    resumed = find_runs(tmp_path / "killed", "t")[0]
+    assert killed >= 1 and resumed.status == "success"
+    assert json.dumps(series(resumed)) == json.dumps(series(reference))
+    a, b = read_evidence(resumed.folder), read_evidence(reference.folder)
+    assert a.equals(b), "the evidence is bit-equal too"
+
+
+def interrupted(root: Path, after: int, **changes) -> Path:
+    """The folder of a run that was stopped by an error right after `after` steps."""
+
+    class Stop(Exception):
+        pass
+
+    def progress(name, done, total, note=""):
+        if done == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(root, progress=progress, **changes)
+    return next((root / "t").rglob("record.json")).parent
+
+
+def test_damaged_checkpoints_and_a_cut_line_are_recovered_from_the_one_before_and_said_so(straight, tmp_path):
+    folder = interrupted(tmp_path, after=7)
+    newest = folder / "checkpoint" / "step-00006.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])  # a corrupted file
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 7, "rew')  # a truncated line
+    notes = []
+    resumed = run(tmp_path, progress=lambda name, done, total, note="": notes.append(note))
+    assert any("step-00006.pt: its content does not have the recorded hash" in note for note in notes)
+    assert resumed.record["recovered"] == ["step-00006.pt: its content does not have the recorded hash"]
+    assert json.dumps(series(resumed)) == json.dumps(series(straight))
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_two_are_kept(tmp_path):
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-00004.pt", "step-00006.pt"]
+    (tmp_path / "step-00006.sha256").unlink()
+    done, state, passed_over = load_checkpoint(tmp_path)
+    assert (done, state["step"].item()) == (4, 4) and "hash is missing" in passed_over[0]
+    (tmp_path / "step-00004.pt").write_bytes(b"")
+    assert load_checkpoint(tmp_path)[:2] == (0, None)
+
+
+def test_all_responses_cut_short_get_no_reward_and_move_nothing(tmp_path):
+    result = run(tmp_path, rollout__max_tokens=3, schedule__steps=2)
+    for row in result.metrics:
+        assert row["reward_mean"] == 0 and row["truncated_share"] == 1 and row["grad_norm"] == 0
+
+
+def test_prompts_that_fill_the_context_give_empty_responses_and_no_crash(tmp_path):
+    result = run(tmp_path, rollout__max_model_len=21, schedule__steps=1)
+    lengths = [len(logprobs) for logprobs in read_evidence(result.folder)["rollout_logprobs"].to_pylist()]
+    assert 0 in lengths, "some prompts are longer than the context"
+    assert result.status == "success"
+
+
+def test_lr_zero_changes_no_weight_and_no_mismatch_beyond_sampling(tmp_path):
+    result = run(tmp_path, train__optimizer=OPTIMIZER | {"lr": 0.0}, schedule__steps=3)
+    probes = {row["sync_probe_k3"] for row in result.metrics}
+    assert len(probes) == 1, "the probe compares the same weights every time"
+
+
+def test_a_sampler_that_dies_leaves_a_failed_run_that_resumes(straight, tmp_path, monkeypatch):
+    from suite.rollouts.hf import HfSampler
+
+    sample, calls = HfSampler.sample, []
+
+    def dying(self, requests):
+        calls.append(len(requests))
+        if len(calls) == 6:
+            raise RuntimeError("engine core died")
+        return sample(self, requests)
+
+    monkeypatch.setattr(HfSampler, "sample", dying)
+    with pytest.raises(RuntimeError, match="engine core died"):
+        run(tmp_path)
+    assert find_runs(tmp_path, "t")[0].record["error"]["message"] == "engine core died"
+    monkeypatch.setattr(HfSampler, "sample", sample)
+    assert json.dumps(series(run(tmp_path))) == json.dumps(series(straight))
+
+
+def test_a_shuffled_reward_keeps_the_recorded_reward_true(straight, tmp_path):
+    """The control shuffles what is learned from, never what is measured: step 0 records the same rewards."""
+    result = run(tmp_path, algorithm__shuffle_rewards=True, schedule__steps=2)
+    assert result.metrics[0]["reward_mean"] == straight.metrics[0]["reward_mean"]
+    assert result.metrics[0]["loss"] != straight.metrics[0]["loss"]
+
+
+def test_problems_minibatches_and_noise_are_functions_of_seed_and_step_alone():
+    from suite.data import load_prompts
+
+    prompts = load_prompts(SETTINGS["data"], 0)
+    assert rl._prompts_of_step(prompts, 4, 3, seed=1) == rl._prompts_of_step(prompts, 4, 3, seed=1)
+    assert rl._prompts_of_step(prompts, 4, 3, seed=1) != rl._prompts_of_step(prompts, 4, 3, seed=2)
+    assert sorted(rl._shuffled([1.0, 0.0, 0.5], 0, 7)) == [0.0, 0.5, 1.0]
