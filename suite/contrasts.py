@@ -196,7 +196,11 @@ def _over_launches(columns, scale, trials, estimand, form, arms, level) -> stats
     across = stats.student_t_interval(columns[0], level, scale, trials)
     if across is not None:
         return across
-    one_by_one = [within(estimand, form, [[arm[i]] for arm in arms], level) for i in range(len(columns[0]))]
+    if scale == "logit" and trials:  # shares that agree exactly, such as five launches that solved everything
+        counts = zip(columns[0], trials, strict=True)
+        one_by_one = [stats.clopper_pearson(round(value * n), n, level) for value, n in counts]
+    else:
+        one_by_one = [within(estimand, form, [[arm[i]] for arm in arms], level) for i in range(len(columns[0]))]
     return stats.launch_interval(columns[0], one_by_one, level, scale, trials)
 
 

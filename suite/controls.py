@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from dataclasses import replace
 
+import numpy as np
+
+from suite import stats
 from suite.contrasts import Levels, contrast_of, level_of, within
 from suite.judge import Evidence, disjoint, ends_text, inside, number, pair, region_text
-from suite.launches import FINISHED, launches
-from suite.plan import differing_paths
+from suite.launches import FINISHED, launches, series
+from suite.plan import PATHS, differing_paths
 from suite.precision import contract_breaches
 from suite.task import Grade
 
-PATHS = ("model.path", "data.path")  # where a file lies on a machine is not a factor
 ON_INTERVALS = ("aa", "null_drift")
 
 
@@ -55,20 +59,14 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
             return row | {"outcome": "error", "reason": f"a run of {name} failed"}
         if not any(run.status in FINISHED for run in runs):
             return row | {"outcome": "not_run", "reason": f"no finished run of {name}"}
-    finding = _finding(evidence, control, [arms[name] for name in control.contrast.names])
-    row |= {"estimate": number(finding.estimate), "interval": pair(finding.interval), "num_seeds": finding.num_seeds}
-    if finding.estimate is None:
-        return row | {"outcome": "inconclusive", "reason": finding.problem}
-    accept = f"accept {region_text(control.accept)}"
+    ordered = [arms[name] for name in control.contrast.names]
     if control.kind not in ON_INTERVALS:
-        holds = inside((finding.estimate, finding.estimate), control.accept)
-        return row | {
-            "outcome": "holds" if holds else "broken",
-            "reason": f"{finding.estimate:.4g} {'in' if holds else 'outside'} {accept}",
-        }
+        return row | _by_value(evidence, control, ordered)
+    finding = _finding(evidence, control, ordered)
+    row |= {"estimate": number(finding.estimate), "interval": pair(finding.interval), "num_seeds": finding.num_seeds}
     if finding.interval is None:
         return row | {"outcome": "inconclusive", "reason": finding.problem}
-    shown = f"interval {ends_text(finding.interval)}"
+    accept, shown = f"accept {region_text(control.accept)}", f"interval {ends_text(finding.interval)}"
     if inside(finding.interval, control.accept):
         return row | {"outcome": "holds", "reason": f"{shown} inside {accept}"}
     if disjoint(finding.interval, control.accept):
@@ -76,33 +74,62 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
     return row | {"outcome": "inconclusive", "reason": f"{shown} straddles {accept}"}
 
 
+def _by_value(evidence: Evidence, control, arms: list[list]) -> dict:
+    """Floor and broken on purpose: plain means over launches, so that a floor of exactly 0 is a value like any other."""
+    grade = Grade(estimand=control.estimand, contrast=control.contrast)
+    values = [[launch.value for launch in launches(evidence.task.protocol, runs, grade)] for runs in arms]
+    row = {"num_seeds": min(len(column) for column in values)}
+    if any(value is None for column in values for value in column):
+        return row | {"outcome": "inconclusive", "reason": f"a launch has no value of {control.estimand}"}
+    value = _contrast([float(np.mean(column)) for column in values], control.contrast.form)
+    holds = value is not None and inside((value, value), control.accept)
+    shown = "0 / 0" if value is None else f"{value:.4g}"
+    reason = f"{shown} {'in' if holds else 'outside'} accept {region_text(control.accept)}"
+    return row | {"estimate": number(value), "outcome": "holds" if holds else "broken", "reason": reason}
+
+
+def _contrast(levels: list[float], form: str) -> float | None:
+    """None for 0 / 0; anything else above 0 is infinite."""
+    if form == "arm":
+        return levels[0]
+    if form == "difference":
+        return levels[0] - levels[1]
+    return levels[0] / levels[1] if levels[1] else math.inf if levels[0] else None
+
+
 def _finding(evidence: Evidence, control, arms: list[list]):
-    """The contrast of a control at 90 %; with one seed on a side, its interval is the one over prompts."""
-    reducer = "log_ratio" if control.kind == "null_drift" and evidence.task.protocol == "rl" else "mean"
-    window = _drift_window(arms[0]) if reducer == "log_ratio" else None
-    grade = Grade(estimand=control.estimand, contrast=control.contrast, reducer=reducer, window=window)
-    found, levels = [launches(evidence.task.protocol, runs, grade) for runs in arms], Levels(0.90, 0.90)
-    form = control.contrast.form
+    """The contrast of a control at 90 %. With one launch on a side, its interval is the one over prompts (offline), or
+    over steps (a drift), or takes the spread of the other side's launches (A/A).
+    """
+    protocol, form = evidence.task.protocol, control.contrast.form
+    drifts = control.kind == "null_drift" and protocol == "rl"
+    grade = Grade(
+        estimand=control.estimand,
+        contrast=control.contrast,
+        reducer="log_ratio" if drifts else "mean",
+        window=_drift_window(control, arms[0]) if drifts else None,
+    )
+    found, levels = [launches(protocol, runs, grade) for runs in arms], Levels(0.90, 0.90)
     if form == "arm":
         finding = level_of(control.name, found[0], grade, levels)
     else:
         finding = contrast_of(control.name, form, found[0], found[1], grade, levels)
     if finding.interval is None and finding.estimate is not None:
-        prompts = within(control.estimand, form, found, 0.90)
-        if prompts is not None:
-            finding = _with_interval(finding, prompts)
+        narrow = within(control.estimand, form, found, 0.90)
+        finished = [run for run in arms[0] if run.status in FINISHED]
+        if drifts and form == "arm" and len(finished) == 1:
+            values = series(finished[0], control.estimand)
+            narrow = stats.drift_interval(values[: grade.window], values[-grade.window :])
+        elif narrow is None and control.kind == "aa" and form == "ratio" and len(found[1]) == 1:
+            narrow = stats.one_against_many(found[1][0].value, [launch.value for launch in found[0]])
+        if narrow is not None:
+            finding = replace(finding, interval=(narrow.lo, narrow.hi), method=narrow.method)
     return finding
 
 
-def _with_interval(finding, interval):
-    from dataclasses import replace
-
-    return replace(finding, interval=(interval.lo, interval.hi), method=interval.method)
-
-
-def _drift_window(runs: list) -> int:
-    """First against last fifth of the series."""
-    return max(1, min(len(run.metrics) for run in runs) // 5)
+def _drift_window(control, runs: list) -> int:
+    """The first and the last quarter of the series, unless the control says otherwise."""
+    return control.window or max(1, min(len(run.metrics) for run in runs) // 4)
 
 
 def unfinished(runs: list) -> list:

@@ -87,8 +87,15 @@ _ROWS = (
     Estimand("entropy_nats", "mean of -sum_v mu_v log mu_v over response positions", NATS, NON_NEGATIVE, "log"),
     Estimand("grad_norm", "L2 norm of the unscaled gradient before clipping", "1", NON_NEGATIVE, "log"),
     Estimand("loss_scale", "fp16 loss scale in force", "1", NON_NEGATIVE, "log"),
-    Estimand("step_skipped", "share of optimizer steps skipped after a non-finite gradient", SHARE, UNIT, "logit",
-             ("AReaL update_successful (its complement)",)),
+    Estimand("step_skipped", "optimizer steps of an iteration skipped after a non-finite gradient", "steps",
+             NON_NEGATIVE, "identity", ("AReaL update_successful (its complement)",)),
+    Estimand("loss", "policy loss, mean over the mini-batches of an iteration", "1", ANY, "identity"),
+    Estimand("grad_underflow_share", "share of weight-matrix gradient elements that are 0 or subnormal in their dtype",
+             SHARE, UNIT, "logit"),
+    Estimand("grad_scaled_max_abs", "largest |gradient| before unscaling (fp16 ends at 65,504)", "1", NON_NEGATIVE,
+             "log"),
+    Estimand("activation_max_abs", "largest |output| of a decoder layer (fp16 ends at 65,504)", "1", NON_NEGATIVE,
+             "log"),
     Estimand("clip_fraction", "share of response tokens whose importance ratio is clipped or masked",
              SHARE, UNIT, "logit"),
     Estimand("importance_weight_mean", "mean correction weight actually applied", "ratio", NON_NEGATIVE, "log",
@@ -96,8 +103,11 @@ _ROWS = (
               "verl rollout_is_mean")),
     Estimand("importance_weight_max", "largest correction weight actually applied", "ratio", NON_NEGATIVE, "log",
              ("TRL sampling/importance_sampling_ratio/max", "verl rollout_is_max")),
+    Estimand("truncated_fraction", "share of correction weights cut to the cap", SHARE, UNIT, "logit"),
+    Estimand("masked_fraction", "share of correction weights set to 0 above the cap", SHARE, UNIT, "logit"),
     Estimand("sync_probe_k3", "k3 between sampler and trainer on probe tokens right after a weight sync",
              NATS, NON_NEGATIVE, "log"),
+    Estimand("sync_probe_logprob_diff_mean", "mean|r| on the same tokens", NATS, NON_NEGATIVE, "log"),
     # seconds; never part of bit-equality
     *(Estimand(f"t_{part}_s", f"wall time of {text}", "s", NON_NEGATIVE, "log") for part, text in
       {"sample": "sampling", "score": "scoring with the trainer", "train": "forward, backward and step",
@@ -110,3 +120,19 @@ _ROWS = (
 )  # fmt: skip
 
 ESTIMANDS: dict[str, Estimand] = {row.name: row for row in _ROWS}
+
+# What a run of protocol `filter` gives as a whole (protocols/filter.py).
+FILTER_ESTIMANDS: dict[str, Estimand] = {
+    row.name: row
+    for row in (
+        Estimand("num_problems", "problems sampled", "problems", NON_NEGATIVE, "identity"),
+        Estimand("num_kept", "problems whose accuracy lies in data.keep_accuracy", "problems", NON_NEGATIVE,
+                 "identity"),
+        Estimand("kept_share", "num_kept / num_problems", SHARE, UNIT, "logit"),
+        Estimand("num_reference", "problems of data.reference", "problems", NON_NEGATIVE, "identity"),
+        Estimand("num_overlap", "problems of data.reference that are kept", "problems", NON_NEGATIVE, "identity"),
+        Estimand("overlap_share", "num_overlap / num_reference", SHARE, UNIT, "logit"),
+        Estimand("accuracy_of_kept", "mean accuracy of the kept problems", SHARE, UNIT, "logit"),
+        ESTIMANDS["reward_mean"], ESTIMANDS["truncated_share"], ESTIMANDS["response_tokens_mean"],
+    )
+}  # fmt: skip

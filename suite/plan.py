@@ -21,7 +21,7 @@ from suite.task import Control, Task, axis_label, deep_merge
 from suite.task_errors import explain
 
 _MISSING = object()
-_NOT_IN_KEY = ("model.path", "data.path")
+PATHS = ("model.path", "data.path", "data.kept.path", "data.reference.path")  # where a file lies is not what it is
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class Cell:
         own.
         """
         settings = {section: _without_null(values) for section, values in self.settings.items() if values}
-        for path in _NOT_IN_KEY:
-            section, name = path.split(".")
-            settings.get(section, {}).pop(name, None)
+        for path in PATHS:
+            *above, name = path.split(".")
+            holder = read_path(settings, ".".join(above), None)
+            if isinstance(holder, dict):
+                holder.pop(name, None)
         content = {
             "task_id": self.task_id,
             "task_version": self.task_version,

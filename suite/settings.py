@@ -47,7 +47,19 @@ REQUIRED = {
         "precision.rollout",
     ),
     "dataset": ("data.id",),
-    "filter": ("model.family", "data.id", "rollout.engine", "rollout.samples_per_prompt", "precision.rollout"),
+    "filter": (
+        "model.family",
+        "model.sha256",
+        "data.id",
+        "data.template",
+        "data.keep_accuracy",
+        "rollout.engine",
+        "rollout.samples_per_prompt",
+        "rollout.temperature",
+        "rollout.top_p",
+        "rollout.max_tokens",
+        "precision.rollout",
+    ),
     "rl": (
         "model.family",
         "model.sha256",
@@ -96,9 +108,24 @@ class DataFile(Strict):
     rows: Positive | None = None
 
 
+class ProblemFile(Strict):
+    """A set of problems in one file: a kept set that the filter wrote (JSON), or published Parquet. Found at `path`
+    (from the top of the checkout if relative), in SUITE_DATA_DIR under `name`, or on the hub in the data set `id`.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    id: str | None = None
+    sha256: Sha256
+
+
 class Data(Strict):
-    """Problems: a hub id, a local path, or a generated family; `num_terms` is the number of digits in a desk problem,
-    ends included.
+    """Problems: a hub id, a local path, or a generated family.
+
+    num_terms: digits in a desk problem, ends included. seed: draws desk problems in place of the launch seed, so that
+    every launch of an RL task has the same problems. kept: these problems of an earlier filter instead of all.
+    keep_accuracy: of the filter protocol, the band of initial accuracy that is kept, ends included; reference: the set
+    that its own is compared with. zero_truncated: a response cut at the length limit gets reward 0 whatever it holds.
     """
 
     id: str | None = None
@@ -111,6 +138,12 @@ class Data(Strict):
     num_prompts: Positive | None = None
     num_terms: tuple[Positive, Positive] | None = None
     files: tuple[DataFile, ...] | None = None
+    seed: Natural | None = None
+    kept: ProblemFile | None = None
+    keep_accuracy: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
+    reference: ProblemFile | None = None
+    zero_truncated: bool | None = None
+    reward_timeout_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class Rollout(Strict):
@@ -168,12 +201,13 @@ class Parallel(Strict):
 
 
 class Train(Strict):
-    """The trainer. `score_batch_size` counts sequences per forward: batch shape alone moves bf16 log-probs, so it is
-    fixed.
+    """The trainer. `score_batch_size` and `micro_batch_size` count sequences per forward, of a scoring pass and of an
+    update: batch shape alone moves bf16 log-probs, so both are fixed.
     """
 
     engine: Literal["dense", "moe"] | None = None
     score_batch_size: Positive | None = None
+    micro_batch_size: Positive | None = None
     head_chunk_tokens: Positive | None = None
     attention: Literal["sdpa", "eager"] | None = None
     perturb: Perturb | None = None
@@ -205,14 +239,20 @@ class PrecisionSettings(Strict):
 
 
 class Algorithm(Strict):
-    """The row of algorithms.py by its name in the paper, and the constants a task may set on it."""
+    """The row of algorithms.py by its name in the paper, and what a task may set on it (algorithms.OVERRIDES; null
+    keeps the row's own). shuffle_rewards: the control in which a step's rewards are handed to other rollouts.
+    """
 
     name: Name | None = None
     clip_low: Annotated[float, Field(ge=0)] | None = None
     clip_high: Annotated[float, Field(ge=0)] | None = None
+    dual_clip: Annotated[float, Field(gt=0)] | None = None
     cap: Annotated[float, Field(gt=0)] | None = None
+    log_ratio_limit: Annotated[float, Field(gt=0)] | None = None
     advantage: str | None = None
+    aggregation: str | None = None
     aggregation_length: Positive | None = None
+    shuffle_rewards: bool = False
 
 
 class Schedule(Strict):

@@ -134,6 +134,19 @@ def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: flo
     return student_t_interval(x - y, level, "identity")
 
 
+def one_against_many(one: float, many: Sequence[float], level: float = 0.90) -> Interval | None:
+    """many / one (geometric mean) with a t interval on the log scale, if all come from one distribution: the spread of
+    `many` is taken for that of `one` too. For an A/A control of one launch. None with fewer than two launches in
+    `many`, where one of the values is not positive, or where `many` agree exactly.
+    """
+    x, y = to_scale(many, "log"), to_scale([one], "log")
+    if x is None or y is None or x.size < 2 or _agree(x):
+        return None
+    half = _t_quantile(x.size, level) * float(x.std(ddof=1)) * math.sqrt(1 + 1 / x.size)
+    centre = float(x.mean() - y[0])
+    return Interval(math.exp(centre), math.exp(centre - half), math.exp(centre + half), "one_against_many", 1)
+
+
 # ---- within a launch -----------------------------------------------------------------------------------------------
 
 
@@ -173,6 +186,24 @@ def prompt_bootstrap(
         return None
     lo, hi = np.quantile(drawn, [0.5 - level / 2, 0.5 + level / 2])
     return Interval(estimate, float(lo), float(hi), "prompt_bootstrap", int(num_prompts))
+
+
+def drift_interval(first: Sequence[float], last: Sequence[float], level: float = 0.90) -> Interval | None:
+    """log(mean(last) / mean(first)) of two stretches of one series, with a Welch-t interval by the delta method.
+
+    For a run in which nothing should move: its values are then draws of one distribution, and nearly independent. None
+    with fewer than two values on a side, for a mean that is not positive, or where nothing varies.
+    """
+    parts = [np.asarray(part, dtype=np.float64) for part in (first, last)]
+    if any(part.size < 2 or not np.isfinite(part).all() or part.mean() <= 0 for part in parts):
+        return None
+    variances = [float(part.var(ddof=1)) / part.size / float(part.mean()) ** 2 for part in parts]
+    if sum(variances) == 0:
+        return None
+    freedom = sum(variances) ** 2 / sum(v**2 / (part.size - 1) for v, part in zip(variances, parts, strict=True))
+    half = float(scipy_stats.t.ppf(0.5 + level / 2, freedom)) * math.sqrt(sum(variances))
+    centre = math.log(parts[1].mean() / parts[0].mean())
+    return Interval(centre, centre - half, centre + half, "within_run", min(part.size for part in parts))
 
 
 def clopper_pearson(successes: int, trials: int, level: float = 0.90) -> Interval | None:

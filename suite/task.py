@@ -87,11 +87,12 @@ class Contrast(Strict):
 
 
 class Event(Strict):
-    """A collapse: a fall by `drop` below the running peak of the `window`-step mean that lasts `hold` steps (counted
-    in iterations).
+    """A collapse: a fall by more than `drop` below the running peak of the `window`-step mean that lasts `hold` such
+    means (counted in iterations). With `relative`, drop is a share of the peak: 0.5 is a fall by half.
     """
 
     drop: Annotated[float, Field(gt=0)]
+    relative: bool = False
     window: Positive
     hold: Positive
     expect: Literal["collapses", "stable"]
@@ -114,6 +115,10 @@ class Tolerance(Strict):
 class Grade(Strict):
     """How one claim is judged: the estimand of which arms at which grid point, its interval, and the region it must
     lie in.
+
+    window: iterations that the reducer looks at, at the end of the series. until: the series is taken up to that
+    iteration only (the horizon of the claim); null = to the end of the schedule. level: with reducer time_to_event and
+    no event, the time is the first iteration whose window mean is at least this high.
     """
 
     estimand: str
@@ -121,6 +126,8 @@ class Grade(Strict):
     reducer: Reducer = "mean"
     at: dict[str, JsonValue] = {}
     window: Positive | None = None
+    until: Positive | None = None
+    level: float | None = None
     event: Event | None = None
     interval: Interval | None = None
     accept: Range | None = None
@@ -130,7 +137,10 @@ class Grade(Strict):
 
 
 class Control(Strict):
-    """A cell whose outcome is known: `like` an arm, with `set` on top. The task is INVALID where it fails."""
+    """A cell whose outcome is known: `like` an arm, with `set` on top. The task is INVALID where it fails.
+
+    window: of a null_drift control in an RL task, the iterations at each end of its series that are compared.
+    """
 
     name: Name
     kind: Literal["aa", "floor", "broken", "null_drift"]
@@ -139,6 +149,7 @@ class Control(Strict):
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)]
     at: dict[str, JsonValue] = {}
     estimand: str
+    window: Positive | None = None
     contrast: Contrast
     accept: Range
 
