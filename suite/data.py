@@ -1,6 +1,7 @@
 """Prompt sets: read the problems a task names, check that they are those problems, and put them into a template.
 
     desk family        generated from a seed (suite.desk.problems); nothing to read
+    kept set           data.kept: what the filter left of either (suite.kept)
     published files    Parquet at data.path, else in the folder SUITE_DATA_DIR, else on the hub under data.id
 
 A file's sha256 is checked before it is opened, its counts after; a difference is a DataError that shows both sides.
@@ -78,7 +79,15 @@ def verl_r1_messages(problem: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": problem + INSTRUCTION},)
 
 
+def desk_template(problem: str) -> str:
+    """A desk question with its chain opened."""
+    from suite.desk.problems import TEMPLATE_END
+
+    return problem + TEMPLATE_END
+
+
 TEMPLATES: dict[str, Callable[[str], str]] = {
+    "desk": desk_template,
     "qwen_math": qwen_math_template,
     "r1": r1_template,
     "octothinker": octothinker_template,
@@ -107,10 +116,14 @@ def token_ids(prompt: Prompt, tokenizer) -> list[int]:
 def load_prompts(data: Mapping[str, Any] | Any, seed: int = 0) -> list[Prompt]:
     """The distinct prompts of a task's `data` section (plain, as in Cell.settings["data"], or typed) in a fixed order.
 
-    `seed` draws desk problems; published sets are read whole, or their first `num_prompts` problems.
+    `seed` (or data.seed, which wins) draws desk problems; published sets, and the set in data.kept, are read whole, or
+    their first `num_prompts` problems.
     Raises DataError where a file is not the one that was named, NotRunnable where none can be had here.
     """
     data = as_mapping(data)
+    seed = seed if data.get("seed") is None else data["seed"]
+    if data.get("kept"):
+        return _kept_prompts(data)
     if data.get("template") == "desk":
         return _desk_prompts(data, seed)
     prompts = [
@@ -133,6 +146,21 @@ def _desk_prompts(data: Mapping[str, Any], seed: int) -> list[Prompt]:
         Prompt(f"desk-{low}-{high}-{seed}/{index:05d}", (one.answer,), prompt_text(one), meta={"problem": one.text})
         for index, one in enumerate(problems)
     ]
+
+
+def _kept_prompts(data: Mapping[str, Any]) -> list[Prompt]:
+    """The problems that an earlier filter kept, in the order of its file."""
+    from suite.kept import problem_file, read_kept
+
+    path, num = problem_file(data["kept"]), data.get("num_prompts")
+    problems = read_kept(path)
+    if num is not None and num > len(problems):
+        raise DataError(f"{path}: data.num_prompts: found {num}, allowed: at most {len(problems)}, the kept problems")
+    return [
+        Prompt(one.prompt_id, one.gold, **fill_template(data.get("template"), one.problem),
+               meta={"problem": one.problem})
+        for one in problems[:num]
+    ]  # fmt: skip
 
 
 def count_copies(rows: list[Row]) -> dict[Row, int]:

@@ -15,6 +15,7 @@ from suite.plan import arm_names, grid_points, one_factor_errors, plan, read_pat
 from suite.settings import SECTIONS
 from suite.strict_yaml import TaskErrors, read_yaml
 from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
+from suite.validate_rl import rl_errors
 
 # The contrast that each kind of claim speaks about.
 FORMS = {
@@ -44,7 +45,7 @@ def check(task: Task) -> tuple[list[TaskError], list[str]]:
     """(errors, warnings) of a task that is well-formed by itself."""
     errors = _resolution_errors(task)
     if not errors:
-        errors += one_factor_errors(task) + _arm_precision_errors(task)
+        errors += one_factor_errors(task) + _arm_precision_errors(task) + rl_errors(task)
     errors += _name_errors(task) + _claim_errors(task) + _control_errors(task) + _needs_errors(task)
     return errors, _warnings(task)
 
@@ -61,6 +62,8 @@ def allowed_estimands(task: Task) -> dict[str, tuple[float, float]]:
     """Estimand names that this task's protocol can give, each with the range its level can take."""
     if task.protocol == "dataset":
         from suite.protocols.dataset import ESTIMANDS
+    elif task.protocol == "filter":
+        from suite.estimands import FILTER_ESTIMANDS as ESTIMANDS
     else:
         from suite.estimands import ESTIMANDS
     return {name: (float(estimand.range[0]), float(estimand.range[1])) for name, estimand in ESTIMANDS.items()}
@@ -69,6 +72,8 @@ def allowed_estimands(task: Task) -> dict[str, tuple[float, float]]:
 def contrast_range(level: tuple[float, float], contrast: Contrast, reducer: str = "mean") -> tuple[float, float]:
     """What a contrast of an estimand with this range of levels can come to."""
     low, high = level
+    if reducer == "log_ratio":
+        return (-math.inf, math.inf)
     if reducer == "fraction_of_seeds":
         return (0.0, 1.0)
     if reducer == "time_to_event":
@@ -124,24 +129,13 @@ def _name_errors(task: Task) -> list[TaskError]:
     for name in task.metrics if task.protocol != "dataset" else ():
         if name not in known:
             errors.append(TaskError(task.file, "metrics", name, ", ".join(sorted(known))))
-    errors += _algorithm_errors(task)
     return errors
 
 
 def _metric_names() -> tuple[str, ...]:
-    from suite.estimands import ESTIMANDS
+    from suite.estimands import ESTIMANDS, FILTER_ESTIMANDS
 
-    return tuple(ESTIMANDS)
-
-
-def _algorithm_errors(task: Task) -> list[TaskError]:
-    if task.protocol != "rl" or task.algorithm is None or task.algorithm.name is None:
-        return []
-    from suite.algorithms import ALGORITHMS
-
-    if task.algorithm.name in ALGORITHMS:
-        return []
-    return [TaskError(task.file, "algorithm.name", task.algorithm.name, ", ".join(sorted(ALGORITHMS)))]
+    return tuple(ESTIMANDS | FILTER_ESTIMANDS)
 
 
 def _arm_precision_errors(task: Task) -> list[TaskError]:
@@ -273,7 +267,8 @@ def _control_errors(task: Task) -> list[TaskError]:
             errors += _aa_errors(task, control, key)
         errors += _contrast_errors(task, key, control.contrast) + _point_errors(task, key, control.at, whole=False)
         errors += _estimand_errors(task, key, control.estimand)
-        errors += _accept_errors(task, key, control.estimand, control.contrast, control.accept, "mean")
+        reducer = "log_ratio" if control.kind == "null_drift" and task.protocol == "rl" else "mean"
+        errors += _accept_errors(task, key, control.estimand, control.contrast, control.accept, reducer)
     return errors
 
 
@@ -358,9 +353,10 @@ def _warnings(task: Task) -> list[str]:
     ]
     for name, grade in task.grade.items():
         key, seeds = f"{task.file}: grade.{name}", len(task.seeds)
-        if task.protocol != "dataset" and seeds < grade.min_seeds:
+        exact = grade.interval is not None and grade.interval.method == "exact"  # its interval is the value itself
+        if not exact and seeds < grade.min_seeds:
             warnings.append(f"{key}.min_seeds: {grade.min_seeds} asked, {seeds} planned: it cannot reach PASS")
-        if task.protocol != "dataset" and seeds < 2 and grade.accept is not None:
+        if not exact and seeds < 2 and grade.accept is not None:
             warnings.append(f"{key}: one seed planned: it cannot reach FAIL")
         if grade.tolerance is not None and grade.tolerance.level == "P5":
             warnings.append(f"{key}.tolerance.level: P5 (judgement); the verdict is capped at INCONCLUSIVE")

@@ -16,6 +16,7 @@ MODULES = {
     "offline_mismatch": "suite.protocols.offline",
     "offline_accuracy": "suite.protocols.offline",
     "rl": "suite.protocols.rl",
+    "filter": "suite.protocols.filter",
     "dataset": "suite.protocols.dataset",
 }
 

@@ -23,7 +23,7 @@ class Engines:
     def __init__(self, cell: Cell):
         self._cell = cell
         self._sampler, self._trainers, self._folder, self._tokenizer = None, {}, None, None
-        self.rewards = RewardPool(FORMAT_OF_TEMPLATE[cell.get("data.template", "none")])
+        self.rewards = reward_pool(cell.settings["data"])
 
     @property
     def folder(self) -> Path:
@@ -84,6 +84,13 @@ class Engines:
         for engine in (self._sampler, *self._trainers.values(), self.rewards):
             if engine is not None:
                 engine.close()
+
+
+def reward_pool(data: dict) -> RewardPool:
+    """The grader of a data section: its format, the time for one answer, and what a truncated response is worth."""
+    seconds = {"timeout_seconds": data["reward_timeout_s"]} if data.get("reward_timeout_s") else {}
+    format = FORMAT_OF_TEMPLATE[data.get("template") or "none"]
+    return RewardPool(format, zero_truncated=bool(data.get("zero_truncated")), **seconds)
 
 
 def group_cells(cells: list[Cell], paths: tuple[str, ...]) -> list[list[Cell]]:

@@ -1,0 +1,84 @@
+"""Checks of RL tasks that look across keys: algorithms that resolve, windows that fit into the run, events that could
+be seen. No torch.
+"""
+
+from __future__ import annotations
+
+from suite.algorithms import resolve as resolve_algorithm
+from suite.errors import TaskError
+from suite.plan import arm_names, grid_points, read_path, resolve
+from suite.strict_yaml import TaskErrors
+from suite.task import Grade, Task
+
+NOT_OF_THE_ROW = ("name", "shuffle_rewards")  # of the algorithm section, but no override of a row
+
+
+def rl_errors(task: Task) -> list[TaskError]:
+    """Every error of a task of protocol `rl` whose settings resolve; nothing for other protocols."""
+    if task.protocol != "rl":
+        return []
+    cells = _resolved(task)
+    found = [error for key, settings in cells for error in [*_algorithm(task, key, settings), *_batch(task, settings)]]
+    horizon = min((settings["schedule"]["steps"] for key, settings in cells if key.startswith("arms.")), default=0)
+    for name, grade in task.grade.items():
+        found += _grade(task, f"grade.{name}", grade, horizon)
+    return list({(error.key, str(error.found)): error for error in found}.values())
+
+
+def _resolved(task: Task) -> list[tuple[str, dict]]:
+    """(key, settings) of every arm and control at every grid point; those that do not resolve are reported
+    elsewhere.
+    """
+    from suite.task import deep_merge
+
+    named = [(f"arms.{arm}", task.arms.get(arm, {})) for arm in arm_names(task)]
+    named += [(f"controls.{one.name}", deep_merge(task.arms.get(one.like, {}), one.set)) for one in task.controls]
+    found = []
+    for key, overrides in named:
+        for point in grid_points(task):
+            try:
+                found.append((key, resolve(task, overrides, point, key)))
+            except TaskErrors:
+                continue
+    return found
+
+
+def _algorithm(task: Task, key: str, settings: dict) -> list[TaskError]:
+    """The row that the loop will run, with its overrides put in: what algorithms.resolve says against it."""
+    section = settings["algorithm"]
+    overrides = {name: value for name, value in section.items() if name not in NOT_OF_THE_ROW}
+    try:
+        resolve_algorithm(section["name"], file=str(task.file), **overrides)
+    except TaskError as error:
+        base = task.algorithm is not None and read_path({"algorithm": task.settings["algorithm"]}, error.key, None)
+        where = error.key if base == error.found else f"{key}.{error.key}"
+        return [TaskError(task.file, where, error.found, error.allowed, error.hint)]
+    return []
+
+
+def _batch(task: Task, settings: dict) -> list[TaskError]:
+    schedule = settings["schedule"]
+    if schedule["minibatches"] > schedule["prompts_per_step"]:
+        allowed = f"at most schedule.prompts_per_step, {schedule['prompts_per_step']}: a mini-batch has whole groups"
+        return [TaskError(task.file, "schedule.minibatches", schedule["minibatches"], allowed)]
+    return []
+
+
+def _grade(task: Task, key: str, grade: Grade, steps: int) -> list[TaskError]:
+    errors, horizon = [], min(grade.until or steps, steps)
+    if grade.until is not None and grade.until > steps:
+        errors.append(TaskError(task.file, f"{key}.until", grade.until, f"at most schedule.steps, {steps}"))
+    if grade.reducer == "epoch_mean" and grade.window is None:
+        errors.append(TaskError(task.file, f"{key}.window", "nothing", "the iterations of one full pass"))
+    needed = (grade.window or 1) * (2 if grade.reducer == "log_ratio" else 1)
+    if needed > horizon:
+        errors.append(TaskError(task.file, f"{key}.window", grade.window, f"a window that fits into {horizon} steps"))
+    if grade.event is not None and grade.event.window + grade.event.hold > horizon:
+        found = f"window {grade.event.window} + hold {grade.event.hold}"
+        errors.append(TaskError(task.file, f"{key}.event", found, f"at most the {horizon} steps in which it can show"))
+    if grade.reducer == "time_to_event" and (grade.event is None) == (grade.level is None):
+        found = "neither" if grade.event is None else "both"
+        errors.append(TaskError(task.file, f"{key}.reducer", found, "with time_to_event exactly one of event and level"))
+    if grade.level is not None and grade.reducer != "time_to_event":
+        errors.append(TaskError(task.file, f"{key}.level", grade.level, "only with reducer time_to_event"))
+    return errors

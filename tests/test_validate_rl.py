@@ -1,0 +1,83 @@
+"""Checks of RL tasks across keys: each refused with its key, what was found, and what is allowed."""
+
+import pytest
+from fakes import RL, block, claim, event_grade, task_of
+
+from suite.validate import check
+
+GRADE = block("reward_mean", "arm: fp16", "[0.95, 1.0]", "reducer: epoch_mean, window: 4")
+
+
+def errors_of(tmp_path, kind: str, grade: str, old: str = "", new: str = "") -> list[str]:
+    text = RL.replace(old, new) if old else RL
+    assert text != RL or not old
+    return [str(error) for error in check(task_of(tmp_path, text, claim(kind, grade)))[0]]
+
+
+def test_a_good_task_has_no_errors(tmp_path):
+    assert errors_of(tmp_path, "threshold", GRADE) == []
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "said"),
+    [
+        ("name: GRPO, cap: 3.0", "algorithm.cap: found 3.0, allowed: nothing: GRPO has no cap"),
+        ("name: Grpo", "algorithm.name: found 'Grpo', allowed: one of GRPO"),
+        ("name: GRPO, clip_low: 2.0", "algorithm.clip_low: found 2.0, allowed: a number in (0, 1]"),
+        ("name: GRPO, dual_clip: 0.5", "algorithm.dual_clip"),
+        ("name: GRPO, aggregation: mean", "algorithm.aggregation: found 'mean', allowed: one of sum_over_length"),
+        ("name: PG-Seq-IS, log_ratio_limit: 100.0", "algorithm.log_ratio_limit"),
+        ("name: GSPO, aggregation_length: 64", "algorithm.aggregation_length"),
+    ],
+)
+def test_an_algorithm_that_does_not_resolve_is_refused(tmp_path, algorithm, said):
+    found = errors_of(tmp_path, "threshold", GRADE, "name: GRPO", algorithm)
+    assert len(found) == 1 and said in found[0] and "tiny.yaml" in found[0]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    ["name: GRPO, shuffle_rewards: true", "name: DAPO, dual_clip: 5.0", "name: PG-Seq-IS, log_ratio_limit: 10.0",
+     "name: GRPO, aggregation: token_mean", "name: GRPO, advantage: reward, aggregation_length: 64"],
+)  # fmt: skip
+def test_every_override_of_a_row_can_be_said(tmp_path, algorithm):
+    assert errors_of(tmp_path, "threshold", GRADE, "name: GRPO", algorithm) == []
+
+
+def test_an_override_in_an_arm_is_named_there(tmp_path):
+    arm = "fp16: {{algorithm: {{cap: 3.0}}, precision"
+    found = errors_of(tmp_path, "threshold", GRADE, "fp16: {{precision", arm)
+    assert any("arms.fp16.algorithm.cap: found 3.0" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("threshold", "reducer: epoch_mean", "window: found 'nothing', allowed: the iterations of one full pass"),
+        ("threshold", "reducer: epoch_mean, window: 101", "window: found 101, allowed: a window that fits into 100"),
+        ("threshold", "reducer: last_k_mean, window: 20, until: 10", "window: found 20"),
+        ("threshold", "reducer: last_k_mean, window: 5, until: 200", "until: found 200, allowed: at most schedule.steps"),
+        ("threshold", "reducer: log_ratio, window: 51", "window: found 51"),
+        ("threshold", "reducer: time_to_event, window: 4", "reducer: found 'neither'"),
+        ("threshold", "reducer: last_k_mean, window: 4, level: 0.9", "level: found 0.9"),
+    ],
+)
+def test_windows_and_horizons_must_fit_into_the_run(tmp_path, kind, more, said):
+    found = errors_of(tmp_path, kind, block("reward_mean", "arm: fp16", "[0.2, 0.9]", more))
+    assert len(found) == 1 and said in found[0] and "grade.C1-x" in found[0]
+
+
+def test_an_event_that_could_not_show_is_refused(tmp_path):
+    found = errors_of(tmp_path, "event", event_grade("bf16", "collapses", hold=60, window=41))
+    assert len(found) == 1 and "window 41 + hold 60" in found[0]
+    assert errors_of(tmp_path, "event", event_grade("bf16", "collapses", hold=60, window=40)) == []
+
+
+def test_more_mini_batches_than_prompts_are_refused(tmp_path):
+    found = errors_of(tmp_path, "threshold", GRADE, "minibatches: 1", "minibatches: 9")
+    assert len(found) == 1 and "schedule.minibatches: found 9, allowed: at most" in found[0]
+
+
+def test_a_drift_may_be_bounded_on_one_side(tmp_path):
+    grade = block("prob_diff_mean", "arm: fp16", "[null, 0.405]", "reducer: log_ratio")
+    assert errors_of(tmp_path, "threshold", grade) == []
