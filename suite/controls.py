@@ -75,7 +75,7 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
 
 
 def _by_value(evidence: Evidence, control, arms: list[list]) -> dict:
-    """Floor and broken on purpose: plain means over launches, so that a floor of exactly 0 is a value like any other."""
+    """Floor and broken on purpose: plain means over launches, so that a floor of exactly 0 is a value like others."""
     grade = Grade(estimand=control.estimand, contrast=control.contrast)
     values = [[launch.value for launch in launches(evidence.task.protocol, runs, grade)] for runs in arms]
     row = {"num_seeds": min(len(column) for column in values)}

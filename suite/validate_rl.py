@@ -78,7 +78,8 @@ def _grade(task: Task, key: str, grade: Grade, steps: int) -> list[TaskError]:
         errors.append(TaskError(task.file, f"{key}.event", found, f"at most the {horizon} steps in which it can show"))
     if grade.reducer == "time_to_event" and (grade.event is None) == (grade.level is None):
         found = "neither" if grade.event is None else "both"
-        errors.append(TaskError(task.file, f"{key}.reducer", found, "with time_to_event exactly one of event and level"))
+        allowed = "with time_to_event exactly one of event and level"
+        errors.append(TaskError(task.file, f"{key}.reducer", found, allowed))
     if grade.level is not None and grade.reducer != "time_to_event":
         errors.append(TaskError(task.file, f"{key}.level", grade.level, "only with reducer time_to_event"))
     return errors

@@ -37,7 +37,8 @@ def test_until_is_the_horizon_a_value_is_taken_at(tmp_path):
 def test_a_run_that_ended_before_the_horizon_has_no_value_there_unless_it_diverged(tmp_path):
     grade = block("reward_mean", "arm: fp16", "[0.1, 0.2]", "reducer: last_k_mean, window: 2, until: 30")
     short = rows(np.arange(20) / 100)
-    runs = lambda task: [run_of(task, "fp16", 0, metrics=short), run_of(task, "fp16", 1, metrics=short, status="diverged")]  # noqa: E731
+    ends = ("success", "diverged")
+    runs = lambda task: [run_of(task, "fp16", s, metrics=short, status=ends[s]) for s in (0, 1)]  # noqa: E731
     assert per_seed(tmp_path, grade, runs) == [None, pytest.approx(0.185)]
 
 
@@ -192,7 +193,8 @@ LR_0 = (
 )
 def test_mismatch_must_not_drift_at_learning_rate_zero(tmp_path, series, outcome):
     metrics = rows(1e-4 * np.array(series), "prob_diff_mean")
-    assert control_outcome(tmp_path, LR_0, lambda task: [run_of(task, "control-lr-0", 0, metrics=metrics)])[0] == outcome
+    runs = lambda task: [run_of(task, "control-lr-0", 0, metrics=metrics)]  # noqa: E731
+    assert control_outcome(tmp_path, LR_0, runs)[0] == outcome
 
 
 SHUFFLED = (
@@ -205,7 +207,8 @@ SHUFFLED = (
 def test_accuracy_must_not_rise_on_shuffled_rewards(tmp_path, last, outcome):
     noise = np.array([0.01, -0.01, 0.02, -0.02])
     metrics = rows(np.concatenate([0.5 + noise, last - noise]))
-    assert control_outcome(tmp_path, SHUFFLED, lambda task: [run_of(task, "control-shuffled", 0, metrics=metrics)])[0] == outcome
+    runs = lambda task: [run_of(task, "control-shuffled", 0, metrics=metrics)]  # noqa: E731
+    assert control_outcome(tmp_path, SHUFFLED, runs)[0] == outcome
 
 
 AA = (

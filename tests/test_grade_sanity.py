@@ -11,7 +11,7 @@ ON_REWARD = ("reward_mean",)
 
 
 def verdicts(name: str, panel: str, swap: bool = False) -> dict[str, dict]:
-    """claim id -> its row, for five jittered seeds of the two curves of a panel (swapped: each under the other's name)."""
+    """claim id -> its row, for five jittered seeds of both curves of a panel (swapped: each in the other arm)."""
     folder = "desk" if name.startswith("desk") else "paper"
     task = load_task(find_repo() / "tasks" / folder / f"{name}.yaml")
     runs = []

@@ -56,7 +56,7 @@ def test_an_override_in_an_arm_is_named_there(tmp_path):
         ("threshold", "reducer: epoch_mean", "window: found 'nothing', allowed: the iterations of one full pass"),
         ("threshold", "reducer: epoch_mean, window: 101", "window: found 101, allowed: a window that fits into 100"),
         ("threshold", "reducer: last_k_mean, window: 20, until: 10", "window: found 20"),
-        ("threshold", "reducer: last_k_mean, window: 5, until: 200", "until: found 200, allowed: at most schedule.steps"),
+        ("threshold", "reducer: last_k_mean, window: 5, until: 200", "until: found 200, allowed: at most schedule"),
         ("threshold", "reducer: log_ratio, window: 51", "window: found 51"),
         ("threshold", "reducer: time_to_event, window: 4", "reducer: found 'neither'"),
         ("threshold", "reducer: last_k_mean, window: 4, level: 0.9", "level: found 0.9"),
