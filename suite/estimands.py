@@ -41,6 +41,7 @@ _ROWS = (
     Estimand("k1_nats_per_token", "mean(-r)", NATS, ANY, "identity",
              ("verl rollout_corr/kl", "OpenRLHF vllm_kl", "oat fork kl_sample_train_v1", "slime mismatch_kl",
               "AReaL behave_approx_kl")),
+    Estimand("full_vocab_kl_nats_per_token", "mean over positions of sum_v mu_v (log mu_v - log pi_v)", NATS, NON_NEGATIVE, "log"),
     Estimand("k2_nats_per_token", "mean(r^2)/2", NATS, NON_NEGATIVE, "log", ("oat fork kl_sample_train_v2",)),
     Estimand("k3_nats_per_token", "mean(e^r - 1 - r)", NATS, NON_NEGATIVE, "log",
              ("verl rollout_corr/k3_kl", "prime-rl mismatch_kl", "NeMo-RL gen_kl_error", "slime mismatch_k3_kl")),

@@ -10,7 +10,7 @@ from suite.batch import Request  # noqa: E402
 from suite.precision import contract_breaches  # noqa: E402
 from suite.rollouts import load_sampler  # noqa: E402
 from suite.trainers import load_trainer  # noqa: E402
-from small_models import EOS, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
+from small_models import EOS, ROLLOUT, TRAIN, VOCABULARY, as_sequences, some_requests, write_model  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -52,6 +52,18 @@ def test_the_trainer_agrees_with_vllm_to_the_fp32_floor(model, vllm_fp32):
         [rollout.rollout_logprobs for rollout in rollouts]
     )
     assert (np.expm1(r) - r).mean() < 1e-9
+
+
+def test_whole_distributions_agree_and_contain_the_scores(model, vllm_fp32):
+    sequences = as_sequences(vllm_fp32.sample(some_requests(3)))
+    trainer = load_trainer(model, TRAIN, {"rollout": "fp32", "train": "fp32"}, 1.0)
+    three = [engine.distributions(sequences) for engine in (vllm_fp32, hf_sampler(model), trainer)]
+    for vllm, hf, pi, (tokens, num_prompt), score in zip(*three, sequences, trainer.score(sequences), strict=True):
+        assert vllm.shape == (len(tokens) - num_prompt, VOCABULARY)
+        np.testing.assert_allclose(np.exp(vllm).sum(1), 1, atol=1e-5)
+        np.testing.assert_allclose(vllm, hf, atol=1e-4)
+        np.testing.assert_allclose(vllm, pi, atol=1e-4)
+        np.testing.assert_allclose(pi[np.arange(len(score)), tokens[num_prompt:]], score, atol=1e-5)
 
 
 def test_a_used_engine_repeats_its_rollouts_byte_for_byte(vllm_fp32):

@@ -25,8 +25,10 @@ from suite.plan import Cell
 from suite.protocols import Session
 from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
 from suite.record import Run, RunWriter, read_evidence
+from suite.resolved import full_vocabulary_kl
 
 DEFAULT_PROMPTS_PER_BATCH = 32
+NUM_FULL_SEQUENCES, LARGEST_FULL_VOCABULARY = 4, 4096
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,24 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
         logprobs = trainer.score(sequences) if trainer else [rollout.rollout_logprobs for rollout in rollouts]
         seconds = {"t_sample_s": round(sample_seconds, 4), "t_score_s": round(time.perf_counter() - started, 4)}
         evidence = evidence_table(rollouts, logprobs, step=index, rewards=rewards)
-        writer.append(_metrics(index, evidence, has_trainer=trainer is not None) | seconds, evidence)
+        row = _metrics(index, evidence, has_trainer=trainer is not None)
+        if trainer and index == 0:
+            row |= _full_vocabulary(sequences[:NUM_FULL_SEQUENCES], engines, trainer)
+        writer.append(row | seconds, evidence)
         executed = engines.sampler.executed() | (trainer.executed() if trainer else {})
         if executed != writer.record["precision_executed"]:
             writer.update(precision_executed=executed)
+
+
+def _full_vocabulary(sequences: list, engines: Engines, trainer) -> dict:
+    """KL(mu || pi) over the whole vocabulary, exact where k1 and k3 are estimates; teacher-forced, a few sequences, small
+    vocabularies only."""
+    if len(engines.tokenizer) > LARGEST_FULL_VOCABULARY:
+        return {}
+    mu = np.concatenate(engines.sampler.distributions(sequences))
+    pi = np.concatenate(trainer.distributions(sequences))
+    kl = full_vocabulary_kl(mu, pi)
+    return {"full_vocab_kl_nats_per_token": float(kl.mean()) if kl.size else None}
 
 
 WITHOUT_TRAINER = ("response_tokens_mean", "reward_mean", "truncated_share")
@@ -128,6 +144,7 @@ def _finish(cell: Cell, writer: RunWriter) -> None:
     else:
         rollout, trainer = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
         series |= token_statistics(rollout, trainer, num_response_tokens(evidence))
+        series["full_vocab_kl_nats_per_token"] = writer.metrics[0].get("full_vocab_kl_nats_per_token")
     counts = {
         "num_prompts": len(sums["prompt_id"]),
         "num_rollouts": evidence.num_rows,

@@ -27,6 +27,9 @@ class Sampler(Protocol):
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         """log mu of given responses, teacher-forced: (token_ids, num_prompt_tokens) -> (T_response,) float32 nats."""
 
+    def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        """log mu of the whole vocabulary at every response position, teacher-forced: (T_response, V) float32 nats each."""
+
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs."""
 

@@ -95,14 +95,18 @@ class HfSampler:
         return torch.log_softmax(logits, dim=-1)
 
     @torch.inference_mode()
-    def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
-        scores = []
+    def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         with self._products():
-            for tokens, num_prompt in sequences:
-                logits = self._model(input_ids=torch.tensor([tokens], device=self._device)).logits[0, num_prompt - 1 : -1]
-                targets = torch.tensor(tokens[num_prompt:], device=self._device)
-                scores.append(self._log_probs(logits).gather(1, targets[:, None])[:, 0].cpu().numpy())
-        return scores
+            return [
+                self._log_probs(self._model(input_ids=torch.tensor([tokens], device=self._device)).logits[0, num_prompt - 1 : -1])
+                .cpu()
+                .numpy()
+                for tokens, num_prompt in sequences
+            ]
+
+    def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        rows = zip(self.distributions(sequences), sequences, strict=True)
+        return [np.take_along_axis(full, np.array([tokens[n:]]).T, 1)[:, 0] for full, (tokens, n) in rows]
 
     @torch.no_grad()
     def load_weights(self, named_tensors) -> None:

@@ -92,6 +92,17 @@ class VllmSampler:
             for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
         ]
 
+    def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        from vllm import SamplingParams
+
+        size = self._llm.llm_engine.model_config.get_vocab_size()
+        params = SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=size, flat_logprobs=True, detokenize=False)
+        outputs = self._llm.generate([{"prompt_token_ids": tokens} for tokens, _ in sequences], params, use_tqdm=False)
+        return [
+            np.stack([_dense_row(output.prompt_logprobs, t, size) for t in range(num_prompt, len(tokens))])
+            for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
+        ]
+
     def load_weights(self, named_tensors, repair: bool = True) -> None:
         """Replace the engine's weights by (checkpoint name, tensor) pairs; repair=False only to show what a reload
         without the repair leaves behind. sync.prove_sync is what says whether they arrived."""
@@ -124,6 +135,14 @@ class VllmSampler:
         gc.collect()
 
 
+def _dense_row(flat, position: int, size: int) -> np.ndarray:
+    """(V,) float32: all log-probs of one position of vLLM's flat list, by token id."""
+    listed = slice(flat.start_indices[position], flat.end_indices[position])
+    row = np.full(size, -np.inf, np.float32)
+    row[flat.token_ids[listed]] = flat.logprobs[listed]
+    return row
+
+
 def _repack(model: torch.nn.Module) -> None:
     """Pack again what a reload on a CPU leaves in the old packing: output heads that share their weight with the
     embedding, and MoE experts (vLLM 0.32)."""
@@ -142,6 +161,7 @@ def _engine_arguments(rollout: dict, cache_gib: float | None, on_gpu: bool) -> d
         "enforce_eager": rollout["enforce_eager"],
         "enable_prefix_caching": rollout["prefix_caching"],
         "enable_chunked_prefill": rollout["chunked_prefill"],
+        "max_logprobs": -1,  # no cap: `distributions` asks for the whole vocabulary
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from, temperature included
         "max_model_len": rollout.get("max_model_len"),
         "max_num_seqs": rollout.get("max_num_seqs"),

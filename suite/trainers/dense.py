@@ -89,6 +89,17 @@ class DenseTrainer:
         counts = [len(tokens) - num_prompt for tokens, num_prompt in sequences]
         return np.split(logprobs, np.cumsum(counts)[:-1])
 
+    @torch.inference_mode()
+    def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        """log pi of the whole vocabulary at every response position: (T_response, V) float32 nats each; small V only."""
+        full = []
+        with self._products():
+            for tokens, num_prompt in sequences:
+                inputs = torch.tensor([tokens], device=self._device)
+                hidden = self._model.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0, num_prompt - 1 : -1]
+                full.append(torch.log_softmax(self._logits(hidden), -1).cpu().numpy())
+        return full
+
     def _response_logprobs(self, token_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """(B, T) ids and mask -> (N,) float32 log-probs of the masked tokens, row by row."""
         hidden = self._model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
@@ -112,6 +123,11 @@ class DenseTrainer:
         return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._products())}
 
     def _chunk_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self._logits(hidden)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(N, H) -> (N, V) fp32 logits at the task's temperature, from a head product in the head's dtype."""
         head = self._model.get_output_embeddings()
         if self._head_dtype == self._dtype:
             logits = head(hidden)
@@ -119,9 +135,7 @@ class DenseTrainer:
             logits = torch.nn.functional.linear(hidden.to(self._head_dtype), head.weight.to(self._head_dtype))
         self._logits_dtype = logits.dtype
         logits = logits.float()
-        if self._temperature not in (0, 1):
-            logits = logits / self._temperature
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return logits if self._temperature in (0, 1) else logits / self._temperature
 
     def update(self, batch: MiniBatch, algorithm: Algorithm) -> dict[str, float]:
         """One gradient step on a mini-batch: forward and backward in micro-batches, then unscale, check, clip, step.
