@@ -2,6 +2,7 @@
 #
 #   make reproduce [TASK=id] [SEEDS=0,1,2] [LIMIT=n] [NPROC=n] [FRESH=1] [RUNS_DIR=folder] [EXTRA="..."]
 #   make test [EXTRA="-k name"]
+#   make bench [EXTRA="rl --sizes 1m"]
 #
 # make itself exits with 2 whenever a command fails; the suite's own code (10 INCONCLUSIVE, 12 NOT_RUN, ...) stands in
 # the VERDICT line, always the last line on standard output, and is what `suite reproduce` exits with.

@@ -144,6 +144,13 @@ def verify(args) -> int:
     return verify_results(args.target, find_repo() / "results")
 
 
+def bench(args) -> int:
+    from suite.bench import BENCHES, run
+
+    names = list(BENCHES) if args.name == "all" else [args.name]
+    return run(names, vocabularies=args.vocab, sizes=args.sizes, out=args.out or find_repo() / "results" / "bench")
+
+
 def desk(args) -> int:
     from suite.desk.build import run as build
 
@@ -162,6 +169,7 @@ VERBS = {
     "publish": publish,
     "report": report,
     "verify": verify,
+    "bench": bench,
     "desk": desk,
 }
 
