@@ -99,7 +99,7 @@ def test_rl_targets_judge_speed_beside_trl_fp16_beside_fp32_and_the_rest_everywh
 def test_what_no_phase_accounts_for_is_rest():
     row = {"t_sample_s": 1.0, "t_score_s": 0.5, "t_train_s": 0.25, "t_sync_s": 0.125, "t_rest_s": 0.01}
     split = rl_step._split(row | {"num_response_tokens": 7}, seconds=2.0)
-    assert split["rest"] == 0.125 and split["response_tokens"] == 7, "the record's writing is in no lap and still counts"
+    assert split["rest"] == 0.125 and split["response_tokens"] == 7, "writing the record is in no lap and counts"
 
 
 # --- both sides do the same work --------------------------------------------------------------------------------------
@@ -122,9 +122,10 @@ def test_the_step_is_one_that_a_task_could_ask_for():
 
     for precision in ("fp32", "bf16", "fp16"):
         cell = rl_step.cell_settings({"precision": precision, "model": "m", "batch": vars(rl_step.Batch())})
-        sections = {"model": settings.Model, "data": settings.Data, "rollout": settings.Rollout, "train": settings.Train,
-                    "precision": settings.PrecisionSettings, "algorithm": settings.Algorithm,
-                    "schedule": settings.Schedule}  # fmt: skip
+        sections = {
+            "model": settings.Model, "data": settings.Data, "rollout": settings.Rollout, "train": settings.Train,
+            "precision": settings.PrecisionSettings, "algorithm": settings.Algorithm, "schedule": settings.Schedule,
+        }  # fmt: skip
         assert set(cell) == set(sections)
         for name, section in sections.items():
             section.model_validate_json(json.dumps(cell[name]))

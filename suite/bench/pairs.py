@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+END_SECONDS = 60  # for an engine to shut down in, before its process is killed
 STDERR_LINES = 20  # of a side that died: enough for the end of a traceback
 
 
@@ -63,7 +64,11 @@ class Side:
     def _close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout, self._stderr):
             pipe.close()
-        self._process.wait()
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def alternate(ours: dict, theirs: dict, repetitions: int) -> tuple[list[dict], list[dict]]:
