@@ -1,4 +1,6 @@
-"""What a desk model does, measured: accuracy greedy and sampled, entropy, lengths, how solutions end, loss on unseen noisy solutions."""
+"""What a desk model does, measured: accuracy greedy and sampled, entropy, lengths, how solutions end, loss on unseen
+noisy solutions.
+"""
 
 import random
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ REGIMES = {"trained": problems.TRAINED_TERMS, "between": problems.BETWEEN_TERMS,
 
 @dataclass(frozen=True)
 class Generation:
-    """One response: its text, its length in tokens (eos included), whether it ended by itself, and its mean entropy per token."""
+    """One response: its text, its length in tokens (eos included), whether it ended by itself, and its mean entropy per
+    token.
+    """
 
     text: str
     num_tokens: int
@@ -23,13 +27,17 @@ class Generation:
 
 
 def is_correct(text: str, answer: str) -> bool:
-    """The response closes its thinking once and boxes the right integer at the end. The suite's graders live in suite/rewards.py."""
+    """The response closes its thinking once and boxes the right integer at the end. The suite's graders live in
+    suite/rewards.py.
+    """
     chain, mark, tail = text.partition("</think>")
     return bool(mark) and "</think>" not in tail and tail.strip() == f"\\boxed{{{answer}}}"
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, sample: bool, seed: int = 0) -> list[Generation]:
+def generate(
+    model, tokenizer, prompts: list[str], max_new_tokens: int, sample: bool, seed: int = 0
+) -> list[Generation]:
     """Decode all prompts in one batch, greedily or at temperature 1 over the full vocabulary."""
     torch.manual_seed(seed)
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
@@ -39,10 +47,11 @@ def generate(model, tokenizer, prompts: list[str], max_new_tokens: int, sample: 
         top_k=0 if sample else None, top_p=1.0 if sample else None, return_dict_in_generate=True, output_logits=sample,
     )
     ids = output.sequences[:, num_prompt:]
-    lengths = response_lengths(ids, tokenizer.eos_token_id)
+    eos = tokenizer.eos_token_id
+    lengths = response_lengths(ids, eos)
     entropy = mean_entropies(output.logits, lengths) if sample else [float("nan")] * len(prompts)
     return [
-        Generation(tokenizer.decode(row[:n], skip_special_tokens=True), n, bool(row[n - 1] == tokenizer.eos_token_id), h)
+        Generation(tokenizer.decode(row[:n], skip_special_tokens=True), n, (row[n - 1] == eos).item(), h)
         for row, n, h in zip(ids, lengths, entropy, strict=True)
     ]
 
@@ -54,8 +63,9 @@ def response_lengths(ids: torch.Tensor, eos: int) -> list[int]:
 
 def mean_entropies(logits: tuple[torch.Tensor, ...], lengths: list[int]) -> list[float]:
     """Mean entropy in nats over the response tokens of each row; logits is a tuple over time of (B, V)."""
-    per_step = torch.stack([torch.distributions.Categorical(logits=step.float()).entropy() for step in logits], dim=1)  # (B, T)
-    return [per_step[i, :n].mean().item() for i, n in enumerate(lengths)]
+    per_step = [torch.distributions.Categorical(logits=step.float()).entropy() for step in logits]
+    per_token = torch.stack(per_step, dim=1)  # (B, T)
+    return [per_token[i, :n].mean().item() for i, n in enumerate(lengths)]
 
 
 def measure_regime(model, tokenizer, regime: str, num_problems: int, samples: int) -> dict[str, float]:
@@ -64,10 +74,11 @@ def measure_regime(model, tokenizer, regime: str, num_problems: int, samples: in
     prompts, budget = [problems.prompt_text(problem) for problem in asked], MAX_NEW_TOKENS[regime]
     greedy = generate(model, tokenizer, prompts, budget, sample=False)
     sampled = generate(model, tokenizer, prompts * samples, budget, sample=True)
+    correct = [is_correct(one.text, problem.answer) for one, problem in zip(sampled, asked * samples, strict=True)]
     lengths = torch.tensor([float(one.num_tokens) for one in sampled])
     return {
         "greedy_accuracy": sum(is_correct(g.text, p.answer) for g, p in zip(greedy, asked, strict=True)) / num_problems,
-        "sampled_accuracy": sum(is_correct(g.text, p.answer) for g, p in zip(sampled, asked * samples, strict=True)) / len(sampled),
+        "sampled_accuracy": sum(correct) / len(sampled),
         "entropy_nats": sum(one.entropy_nats * one.num_tokens for one in sampled) / lengths.sum().item(),
         "response_tokens_mean": lengths.mean().item(),
         "response_tokens_sd": lengths.std().item(),

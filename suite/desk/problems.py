@@ -10,13 +10,14 @@ A problem of four terms, its prompt and its reference solution:
     </think>
     \\boxed{20}
 
-Why this family: the answer is an integer that can be checked exactly; the number of terms sets the length of a solution, from tens
-of tokens to many hundreds; one line may add one term or two, so correct solutions differ in text and in length.
-Labels run through a-z and A-Z and begin again after 52 terms. Up to 52 terms every label names one digit; beyond that a label is
-ambiguous and only its position tells which digit is meant, which models trained on short problems do not know: there they are
-uncertain, and small differences between two engines show.
+Why this family: the answer is an integer that can be checked exactly; the number of terms sets the length of a
+solution, from tens of tokens to many hundreds; one line may add one term or two, so correct solutions differ in text
+and in length. Labels run through a-z and A-Z and begin again after 52 terms. Up to 52 terms every label names one
+digit; beyond that a label is ambiguous and only its position tells which digit is meant, which models trained on short
+problems do not know: there they are uncertain, and small differences between two engines show.
 
-Standard library only, and only `random.Random(seed).random()`, whose stream Python guarantees across versions and platforms.
+Standard library only, and only `random.Random(seed).random()`, whose stream Python guarantees across versions and
+platforms.
 """
 
 import random
@@ -28,7 +29,8 @@ MODULUS = 100
 QUESTION = "Sum mod 100:"
 TEMPLATE_END = "\n<think>\n"
 
-# The three regimes that the desk tasks use, in terms per problem (both ends included).
+# Three regimes of difficulty, in terms per problem (both ends included). What the shipped model does in each stands in
+# its training.json: past the trained lengths it rarely looks up the right digit, so its accuracy there is near zero.
 TRAINED_TERMS = (4, 24)
 BETWEEN_TERMS = (28, 40)
 LONG_TERMS = (60, 120)
@@ -36,7 +38,9 @@ LONG_TERMS = (60, 120)
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: the question as text, the answer as a decimal integer in 0..99, and a correct solution (what follows the prompt)."""
+    """One problem: the question as text, the answer as a decimal integer in 0..99, and a correct solution (what follows
+    the prompt).
+    """
 
     text: str
     answer: str
@@ -92,7 +96,8 @@ def draw_terms(rng: random.Random, num_terms: tuple[int, int]) -> tuple[tuple[st
 def sample_problems(num: int, num_terms: tuple[int, int], seed: int) -> list[Problem]:
     """`num` distinct problems with num_terms = (lo, hi) terms, the same list for the same arguments on every platform.
 
-    A longer list begins with the shorter one. Raises ValueError if lo < 1, hi < lo, or there are fewer than 2 * num such problems.
+    A longer list begins with the shorter one. Raises ValueError if lo < 1, hi < lo, or there are fewer than 2 * num
+    such problems.
     """
     low, high = num_terms
     if low < 1 or high < low:

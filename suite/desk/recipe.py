@@ -1,9 +1,10 @@
-"""How a desk model is trained: architecture by size, noisy solutions, one loop of AdamW in fp32, weights rounded to bf16 at the end.
+"""How a desk model is trained: architecture by size, noisy solutions, one loop of AdamW in fp32, weights rounded to
+bf16 at the end.
 
-The solutions it learns from are wrong on purpose at a known rate: each line slips by one or by ten with probability SLIP_RATE, and
-the rest of the chain carries the slip on. A calibrated model therefore slips at about that rate when sampled at temperature 1, and
-hardly ever when decoded greedily: sampled accuracy falls with length, and RL has something to sharpen.
-Each line adds one or two terms, a fair coin: correct solutions differ.
+The solutions it learns from are wrong on purpose at a known rate: each line slips by one or by ten with probability
+SLIP_RATE, and the rest of the chain carries the slip on. A calibrated model therefore slips at about that rate when
+sampled at temperature 1, and far less when decoded greedily: sampled accuracy falls with length, and RL has something
+to sharpen. Each line adds one or two terms, a fair coin: correct solutions differ.
 """
 
 import math
@@ -18,7 +19,6 @@ from suite.desk.problems import draw_int, draw_terms
 SLIP_RATE = 0.03
 SLIPS = (-10, -1, 1, 10)
 MAX_POSITIONS = 2048
-MAX_GAP = 160  # positions; the prompt of 100 terms is about as much longer than the longest trained one
 TRAIN_SEED_BASE = 1_000_003  # seeds of batches start here; tasks use small seeds
 
 
@@ -34,6 +34,8 @@ class Recipe:
     tokens_per_step: int
     peak_lr: float
     init_std: float = 0.06
+    rope_theta: float = 1e4
+    max_gap: int = 0  # positions by which a response may start late, see draw_batch; 0 in every shipped model
     warmup_steps: int = 50
     weight_decay: float = 0.01
     num_threads: int = 2
@@ -41,14 +43,16 @@ class Recipe:
 
 
 SIZES = {
-    "1m": Recipe(num_layers=5, hidden=128, intermediate=256, num_heads=4, steps=2000, tokens_per_step=2500, peak_lr=3e-3),
-    "5m": Recipe(num_layers=6, hidden=256, intermediate=768, num_heads=8, steps=2000, tokens_per_step=2500, peak_lr=1.5e-3),
-    "30m": Recipe(num_layers=8, hidden=512, intermediate=1792, num_heads=16, steps=2000, tokens_per_step=4000, peak_lr=7e-4),
+    "1m": Recipe(5, hidden=128, intermediate=256, num_heads=4, steps=4000, tokens_per_step=2500, peak_lr=3e-3),
+    "5m": Recipe(6, hidden=256, intermediate=768, num_heads=8, steps=4000, tokens_per_step=2500, peak_lr=1.5e-3),
+    "30m": Recipe(8, hidden=512, intermediate=1792, num_heads=16, steps=4000, tokens_per_step=4000, peak_lr=7e-4),
 }
 
 
 def noisy_solution(terms, rng: random.Random) -> str:
-    """A training solution: groups of one or two terms per line by a fair coin, each line slipping with probability SLIP_RATE."""
+    """A training solution: groups of one or two terms per line by a fair coin, each line slipping with probability
+    SLIP_RATE.
+    """
     sizes, slips, left = [], [], len(terms)
     while left:
         size = min(left, draw_int(rng, 1, 2))
@@ -68,13 +72,16 @@ def new_model(recipe: Recipe, tokenizer) -> torch.nn.Module:
         vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.num_layers, num_attention_heads=recipe.num_heads, num_key_value_heads=recipe.num_heads,
         max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=False, initializer_range=recipe.init_std,
+        rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     ))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences: ids, positions and labels, all int64 (B, T); labels are -100 on the prompt and on padding."""
+    """Right-padded sequences: ids, positions and labels, all int64 (B, T); labels are -100 on the prompt and on
+    padding.
+    """
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -84,9 +91,10 @@ class Batch:
 def draw_batch(rng: random.Random, tokenizer, num_tokens: int, max_terms: int, max_gap: int = 0) -> Batch:
     """Noisy solutions of about `num_tokens` tokens together, prompts included.
 
-    All problems of a batch have the same number of terms, so little is padded; padding is on the right, where causal attention
-    never looks back at it. In half of the rows the response's positions begin up to max_gap late, as if the prompt were longer:
-    looking a digit up at a distance is learned without paying for long sequences, and longer problems stay within reach.
+    All problems of a batch have the same number of terms, so little is padded; padding is on the right, where causal
+    attention never looks back at it. In half of the rows the response's positions begin up to max_gap late, as if the
+    prompt were longer: digits are then looked up at distances that only longer problems have, without the cost of long
+    sequences.
     """
     count = draw_int(rng, 1, max_terms)
     batch_size = max(1, num_tokens // (8 * count + 25))  # tokens of a problem, prompt and solution, to within a tenth
@@ -112,7 +120,8 @@ def draw_batch(rng: random.Random, tokenizer, num_tokens: int, max_terms: int, m
 def batch_loss(model, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy in nats per response token; the head runs on response positions only.
 
-    The mask of ones is not idle: without one, transformers reads a jump in the positions as the start of another sequence.
+    The mask of ones is not idle: without one, transformers reads a jump in the positions as the start of another
+    sequence.
     """
     attend = torch.ones_like(batch.ids)
     output = model.model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=attend, use_cache=False)
@@ -139,15 +148,19 @@ def max_terms_at(step: int, steps: int) -> int:
 def train(recipe: Recipe, tokenizer, steps: int | None = None, log=print) -> torch.nn.Module:
     """Train from scratch and round the weights to bf16; the model comes back in fp32 holding bf16 values.
 
-    Deterministic on one machine and thread count; across machines matmuls differ in their last bits, and so will the weights.
+    Deterministic on one machine and thread count; across machines matmuls differ in their last bits, and so will the
+    weights.
     """
     steps = steps or recipe.steps
     torch.set_num_threads(recipe.num_threads)
     model = new_model(recipe, tokenizer).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
     for step in range(steps):
         rng = random.Random(TRAIN_SEED_BASE + step)
-        loss = batch_loss(model, draw_batch(rng, tokenizer, recipe.tokens_per_step, max_terms_at(step, steps), MAX_GAP))
+        batch = draw_batch(rng, tokenizer, recipe.tokens_per_step, max_terms_at(step, steps), recipe.max_gap)
+        loss = batch_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

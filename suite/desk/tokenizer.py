@@ -1,7 +1,8 @@
-"""The desk tokenizer: Qwen2's byte-level BPE with no merges, so one token per byte, and whole tokens for the marks that graders look for.
+"""The desk tokenizer: Qwen2's byte-level BPE with no merges, so one token per byte, and whole tokens for the marks that
+graders look for.
 
-It is a true Qwen2 tokenizer because transformers 5 loads every checkpoint of model type qwen2 with that class, whatever the files
-say; a tokenizer of another kind would lose its spaces on the way, silently.
+It is a true Qwen2 tokenizer because transformers 5 loads every checkpoint of model type qwen2 with that class, whatever
+the files say; a tokenizer of another kind would lose its spaces on the way, silently.
 """
 
 PAD, EOS = "<pad>", "<eos>"
@@ -18,13 +19,15 @@ def vocabulary() -> dict[str, int]:
 
 
 def build_tokenizer():
-    """A transformers Qwen2Tokenizer (`tokenizers` backend). It has no bos and adds nothing to a text: encode(text) is plain."""
+    """A transformers Qwen2Tokenizer (`tokenizers` backend). It has no bos and adds nothing to a text: encode(text) is
+    plain.
+    """
     from tokenizers import AddedToken
     from transformers import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer(
-        vocab=vocabulary(), merges=[], unk_token=PAD, pad_token=PAD, eos_token=EOS, model_max_length=2048, padding_side="left",
-        clean_up_tokenization_spaces=False,
+        vocab=vocabulary(), merges=[], unk_token=PAD, pad_token=PAD, eos_token=EOS, model_max_length=2048,
+        padding_side="left", clean_up_tokenization_spaces=False,
     )  # fmt: skip
     tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
     return tokenizer
