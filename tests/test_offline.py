@@ -37,11 +37,13 @@ def cells(arms=("bf16", "fp16"), seeds=(0, 1), num_prompts=6, train=TRAIN):
     return [Cell("t", 1, arm, (), seed, settings(arm)) for arm in arms for seed in seeds]
 
 
-def run(root: Path, chosen, progress=lambda *a, **k: None, limit=None) -> dict[str, Run]:
-    def open_cell(cell):
-        return open_run(root, OneTask(), cell, {"packages": {}}, "cpu", limit=limit)
+def run(root: Path, chosen, progress=lambda *a, **k: None, limit=None, protocol="offline_mismatch") -> dict[str, Run]:
+    task = OneTask(protocol=protocol)
 
-    offline.run(chosen, Session(OneTask(), limit, progress, open_cell))
+    def open_cell(cell):
+        return open_run(root, task, cell, {"packages": {}}, "cpu", limit=limit)
+
+    offline.run(chosen, Session(task, limit, progress, open_cell))
     return {found.record["cell"]["name"]: found for found in find_runs(root, "t")}
 
 
@@ -92,7 +94,7 @@ def test_cells_that_differ_in_the_trainer_alone_share_their_rollouts(tmp_path):
 
 
 def test_an_accuracy_run_has_no_trainer_and_reports_no_mismatch(tmp_path):
-    found = run(tmp_path, cells(("fp16",), (0,), train=None))["fp16.s0"]
+    found = run(tmp_path, cells(("fp16",), (0,)), protocol="offline_accuracy")["fp16.s0"]
     assert set(found.record["series_summary"]) == {"response_tokens_mean", "reward_mean", "truncated_share"}
     assert "k3_nats_per_token" not in found.metrics[0] and "compute" not in found.record["precision_executed"]
 

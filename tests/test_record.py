@@ -24,6 +24,7 @@ class OneTask:
     version: int = 1
     grade_version: int = 1
     text: str = "id: t"
+    protocol: str = "offline_mismatch"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def run(cells: list[Cell], session: Session) -> None:
                 _run_batch(index, [launch for launch in launches if launch.behind(index)], engines, session)
             for launch in launches:
                 for cell, writer in launch.writers:
-                    _finish(cell, writer)
+                    _finish(writer, scored=session.task.protocol == "offline_mismatch")
         except BaseException as error:
             for writer in (writer for launch in launches for _, writer in launch.writers if writer.is_open):
                 writer.fail("offline", error)
@@ -87,17 +87,19 @@ def _run_batch(index: int, launches: list[Launch], engines: Engines, session: Se
     rollouts = iter(engines.sampler.sample([request for part in requests for request in part]))
     seconds = (time.perf_counter() - started) / len(launches)
     for launch, part in zip(launches, requests, strict=True):
-        _score_and_append(index, launch, list(islice(rollouts, len(part))), seconds, engines)
+        scored = session.task.protocol == "offline_mismatch"
+        _score_and_append(index, launch, list(islice(rollouts, len(part))), seconds, engines, scored)
         for cell, writer in launch.writers:
             k3 = writer.metrics[index].get("k3_nats_per_token")
             session.progress(cell.name, index + 1, len(launch.batches), "" if k3 is None else f"k3 {k3:.2e}")
 
 
-def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sample_seconds: float, engines: Engines) -> None:
+def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sample_seconds: float, engines: Engines,
+                      scored: bool) -> None:
     rewards = engines.reward(rollouts, launch.batches[index])
     sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
     for cell, writer in launch.behind(index):
-        trainer, started = engines.trainer(cell), time.perf_counter()
+        trainer, started = (engines.trainer(cell) if scored else None), time.perf_counter()
         # without a trainer there is no pi: its log-probs are set to those of mu, and no mismatch metric is reported
         logprobs = trainer.score(sequences) if trainer else [rollout.rollout_logprobs for rollout in rollouts]
         seconds = {"t_sample_s": round(sample_seconds, 4), "t_score_s": round(time.perf_counter() - started, 4)}
@@ -134,12 +136,12 @@ def _metrics(index: int, evidence, has_trainer: bool) -> dict:
     return counts | values | {"entropy_nats": float(-logprobs.mean()) if logprobs.size else None}
 
 
-def _finish(cell: Cell, writer: RunWriter) -> None:
+def _finish(writer: RunWriter, scored: bool) -> None:
     """The run's summary, from the evidence on disk: what is graded is what was written."""
     evidence = read_evidence(writer.folder)
     sums = summarise(evidence)
     series = estimates(sums)
-    if cell.settings.get("train") is None:
+    if not scored:
         series = {name: series[name] for name in WITHOUT_TRAINER}
     else:
         rollout, trainer = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
