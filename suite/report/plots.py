@@ -50,7 +50,8 @@ def figures(task_id: str, runs: list[Run]) -> list[Figure]:
 
 def _offline(runs: list[Run]) -> list[Figure]:
     found = []
-    for point, arms in offline_arms(runs).items():
+    scored = [run for run in runs if "k3_nats_per_token" in run.record["series_summary"]]  # not plain sampling
+    for point, arms in offline_arms(scored).items():
         suffix, where = (f"-{point}", f" Grid point {point}.") if point else ("", "")
         drawn = [arms[name] for name in PANEL_PRECISIONS if name in arms]
         if drawn:
