@@ -15,9 +15,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from suite.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from suite.data import load_prompts, token_ids  # noqa: E402
+from suite.models import load_tokenizer  # noqa: E402
 from suite.plan import Cell  # noqa: E402
 from suite.protocols import Session, rl  # noqa: E402
 from suite.record import Run, find_runs, open_run, read_evidence, read_metrics  # noqa: E402
+from suite.task import find_repo  # noqa: E402
 from small_models import OPTIMIZER, ROLLOUT  # noqa: E402
 from test_record import OneTask  # noqa: E402
 
@@ -178,7 +181,9 @@ def test_all_responses_cut_short_get_no_reward_and_move_nothing(tmp_path):
 
 
 def test_prompts_that_fill_the_context_give_empty_responses_and_no_crash(tmp_path):
-    result = run(tmp_path, rollout__max_model_len=21, schedule__steps=1)
+    tokenizer = load_tokenizer(find_repo() / SETTINGS["model"]["path"])
+    longest = max(len(token_ids(prompt, tokenizer)) for prompt in load_prompts(SETTINGS["data"], 0))
+    result = run(tmp_path, rollout__max_model_len=longest, schedule__steps=2)  # two steps: every problem comes once
     lengths = [len(logprobs) for logprobs in read_evidence(result.folder)["rollout_logprobs"].to_pylist()]
     assert 0 in lengths, "some prompts are longer than the context"
     assert result.status == "success"
@@ -217,8 +222,6 @@ def test_a_shuffled_reward_keeps_the_recorded_reward_true(straight, tmp_path):
 
 
 def test_problems_minibatches_and_noise_are_functions_of_seed_and_step_alone():
-    from suite.data import load_prompts
-
     prompts = load_prompts(SETTINGS["data"], 0)
     assert rl._prompts_of_step(prompts, 4, 3, seed=1) == rl._prompts_of_step(prompts, 4, 3, seed=1)
     assert rl._prompts_of_step(prompts, 4, 3, seed=1) != rl._prompts_of_step(prompts, 4, 3, seed=2)
