@@ -106,7 +106,7 @@ class HfSampler:
 
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         rows = zip(self.distributions(sequences), sequences, strict=True)
-        return [np.take_along_axis(full, np.array([tokens[n:]]).T, 1)[:, 0] for full, (tokens, n) in rows]
+        return [np.take_along_axis(full, np.array([tokens[n:]], dtype=np.int64).T, 1)[:, 0] for full, (tokens, n) in rows]
 
     @torch.no_grad()
     def load_weights(self, named_tensors) -> None:

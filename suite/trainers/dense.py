@@ -1,8 +1,8 @@
 """The dense trainer: a transformers model whose forward and backward run in one compute dtype, with fp32 masters behind.
 
 Compute parameters are in the compute dtype, as FSDP2 casts them with `param_dtype`; on a CPU the 16-bit products go
-through arithmetic.RoundedProducts. Log-probs are taken in fp32 from the logits of the response positions alone, a few
-hundred positions at a time, so that peak memory does not grow with batch x length x vocabulary.
+through arithmetic.RoundedProducts. Log-probs are taken in fp32 from the logits of the response positions alone, a
+bounded number of them at a time, so that peak memory does not grow with batch x length x vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from suite.trainers.health import ActivationWatch, underflow_share
 from suite.trainers.loss_scale import LossScaler
 from suite.trainers.masters import MasterWeights
 
-DEFAULT_HEAD_CHUNK_TOKENS = 512
+# Logits at a time, where train.head_chunk_tokens does not say how many tokens: 128 MiB in fp32, whatever the vocabulary.
+DEFAULT_HEAD_CHUNK_LOGITS = 2**25
 DEFAULT_MICRO_BATCH_SIZE = 32
 
 
@@ -111,7 +112,8 @@ class DenseTrainer:
 
         With gradients each chunk's logits are made again in the backward pass instead of being kept.
         """
-        size = self._train.get("head_chunk_tokens") or DEFAULT_HEAD_CHUNK_TOKENS
+        vocabulary = self._model.get_output_embeddings().weight.shape[0]
+        size = self._train.get("head_chunk_tokens") or max(64, DEFAULT_HEAD_CHUNK_LOGITS // vocabulary)
         chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
         if len(chunks) == 1 or not torch.is_grad_enabled():
             return torch.cat([self._chunk_logprobs(*chunk) for chunk in chunks])
