@@ -1,4 +1,4 @@
-"""suite bench: ratios and targets by hand, sides that take turns, and both scoring sides on a tiny model."""
+"""suite bench: ratios and targets by hand, sides that live alone, and both scoring sides on a tiny model."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 
 from suite import bench, environment
 from suite.bench import pairs, rl_step, scoring, tables
-from suite.bench.pairs import Side, SideFailed, alternate, paired_ratios, spread, target, with_range
+from suite.bench.pairs import Side, SideFailed, in_turn, paired_ratios, spread, target, with_range
 from suite.bench.worker import PeakMemory
 from suite.errors import UserError
 
@@ -39,7 +39,7 @@ def scoring_turns(seconds, peak_bytes, mean_logprob=-4.0):
 
 def scoring_row(precision="fp32", vocabulary=151_936, ours=(2.0, 2.0), plain=(2.0, 2.4), peaks=(100, 1000)):
     compared = scoring.compare(scoring_turns(ours, peaks[0]), scoring_turns(plain, peaks[1]), 600, precision)
-    return {"vocabulary": vocabulary, "precision": precision, "repetitions": len(ours)} | compared
+    return {"vocabulary": vocabulary, "precision": precision, "sequences": 3, "repetitions": len(ours)} | compared
 
 
 def test_a_scoring_row_counts_scored_tokens_and_divides_plain_time_by_ours():
@@ -192,7 +192,7 @@ def test_peak_memory_sees_what_was_given_back():
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_sides_take_turns_and_the_first_one_changes(monkeypatch):
+def test_one_side_lives_at_a_time_and_the_order_is_mirrored(monkeypatch):
     heard = []
 
     class Fake:
@@ -211,10 +211,11 @@ def test_sides_take_turns_and_the_first_one_changes(monkeypatch):
             return {"side": self.name, "at": len(heard)}
 
     monkeypatch.setattr(pairs, "Side", Fake)
-    ours, theirs = alternate("a", "b", 3)
-    assert heard == ["a warms up", "b warms up", "a", "b", "b", "a", "a", "b", "b ends", "a ends"]
-    assert [turn["side"] for turn in ours] == ["a"] * 3 and [turn["at"] for turn in ours] == [3, 6, 7]
-    assert len(theirs) == 3
+    ours, theirs = in_turn("a", "b", 2)
+    life = {name: [f"{name} warms up", name, name, f"{name} ends"] for name in "ab"}
+    assert heard == life["a"] + life["b"] + life["b"] + life["a"]
+    assert [turn["side"] for turn in ours] == ["a"] * 4 and [turn["at"] for turn in ours] == [2, 3, 14, 15]
+    assert len(theirs) == 4
 
 
 def test_a_side_that_dies_says_why():

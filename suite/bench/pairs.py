@@ -1,4 +1,4 @@
-"""Two sides of a comparison, each in a process of its own, taking turns; and the arithmetic of their ratios."""
+"""Two sides of a comparison, each alone in a process of its own, in turn; and the arithmetic of their ratios."""
 
 from __future__ import annotations
 
@@ -71,14 +71,15 @@ class Side:
             self._process.wait()
 
 
-def alternate(ours: dict, theirs: dict, repetitions: int) -> tuple[list[dict], list[dict]]:
-    """Figures of each repetition, side by side. The side that goes first changes every time; two never run at once."""
-    with Side(ours) as a, Side(theirs) as b:
-        measured: dict[Side, list[dict]] = {a: [], b: []}
-        for repetition in range(repetitions):
-            for side in (a, b) if repetition % 2 == 0 else (b, a):
-                measured[side].append(side.turn())
-    return measured[a], measured[b]
+def in_turn(ours: dict, theirs: dict, repetitions: int, order: str = "ABBA") -> tuple[list[dict], list[dict]]:
+    """Figures of each repetition, side by side (A is ours). One process lives at a time: the worker threads of an idle
+    one spin on the cores of the other for a while. The mirrored order spares both the same share of a slow drift."""
+    jobs = {"A": ours, "B": theirs}
+    measured: dict[str, list[dict]] = {"A": [], "B": []}
+    for name in order:
+        with Side(jobs[name]) as side:
+            measured[name] += [side.turn() for _ in range(repetitions)]
+    return measured["A"], measured["B"]
 
 
 def column(turns: list[dict], key: str) -> list[float]:
