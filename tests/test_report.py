@@ -18,7 +18,7 @@ import pytest
 import suite.report
 from suite.mismatch import estimates
 from suite.record import find_runs
-from suite.report import points, rows, tables
+from suite.report import points, readme, rows, tables
 from suite.report.generate import generated_files
 from suite.report.publishing import publish_task, scrub, scrub_text
 from suite.task import load_all, load_task
@@ -391,6 +391,35 @@ def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
     assert suite.report.report(repo / "results") == 0
     assert suite.report.report(repo / "results", check=True) == 0
     assert not (folder_of(repo) / "figures" / "old.svg").exists()
+
+
+def test_the_readme_beside_the_results_is_kept_like_the_tables(repo):
+    path = repo / "README.md"
+    path.write_text(f"before\n{readme.START}\nstale\n{readme.END}\nafter\n")
+    assert suite.report.report(repo / "results", check=True) == 1
+    assert suite.report.report(repo / "results") == 0
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
+    assert "| `desk-tiny` " in text and fakes.FINGERPRINT in text
+    assert suite.report.report(repo / "results", check=True) == 0
+    with pytest.raises(ValueError, match="README.md: found no results part"):
+        readme.with_results("no markers", [])
+
+
+def test_the_readme_shows_the_default_task_claim_by_claim_and_names_what_failed():
+    shown = dict(fingerprint="cpu", task=readme.DEFAULT_TASK, estimate=2.5, interval=[2.0, 3.0], accept=[1, None])
+    text = readme.section([
+        row(**shown, statement="It holds.", verdict="PASS"), row(**shown, claim_id="C1-x", verdict="FAIL"),
+        row(**shown, statement="Only told.", verdict=None), row(task="desk-other", fingerprint=None, verdict="NOT_RUN"),
+    ])  # fmt: skip
+    by_claim, by_task = text.split("\n\n")
+    assert "It holds." in by_claim and "2.5 [2, 3]" in by_claim and "**PASS**" in by_claim and "Only told." not in by_claim
+    assert "1 PASS, 1 FAIL" in by_task and "C1-x" in by_task and "desk-other" not in by_task
+
+
+def test_tasks_that_were_never_run_are_a_list_and_not_a_table_of_nothing():
+    text = tables.markdown([row(fingerprint=None, task="waits", verdict="NOT_RUN"), row(task="ran", fingerprint="cpu")])
+    assert "- `waits` (1 claim" in text and "| waits" not in text and "| ran" in text
 
 
 def test_regenerating_never_blesses_a_changed_record(repo):

@@ -1,4 +1,4 @@
-"""Everything in results/ that is generated, as {path: bytes}: what `report` writes and `report --check` compares.
+"""Everything that is generated in results/, and the results part of the README beside it, as {path: bytes}: what `report` writes and `report --check` compares.
 
 Generated from the published records, the verdicts beside them and the task files; from nothing else, and without a
 time stamp, so that the same records give the same bytes. The manifest of a folder keeps its lines about the data as
@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 from suite.record import write_atomic
-from suite.report import page, plots, tables
+from suite.report import page, plots, readme, tables
 from suite.report.publishing import fingerprint_folders, published_runs
 from suite.report.rows import result_rows
 
@@ -35,6 +35,9 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     files["results.tex"] = tables.latex(rows).encode()
     files["results.csv"] = tables.comma_separated(rows).encode()
     files["index.html"] = page.render(rows, figures, matrices).encode()
+    beside = readme.readme_of(results_dir)
+    if beside:
+        files["../README.md"] = readme.with_results(beside.read_text(), rows).encode()
     return files
 
 

@@ -104,14 +104,17 @@ id="{{ row.task }}.{{ row.claim_id }}{{ '.' ~ row.fingerprint if row.fingerprint
 {% endfor %}{% endif %}
 <script>
 const box = document.getElementById("filter");
+const waiting = box.querySelector('input[data-verdict="NOT_RUN"]');
 const off = kind => new Set([...box.querySelectorAll(`input[data-${kind}]:not(:checked)`)].map(i => i.dataset[kind]));
 box.hidden = false;
-box.addEventListener("change", () => {
+const show = () => {
   const tiers = off("tier"), verdicts = off("verdict");
   document.querySelectorAll("section[data-tier]").forEach(s => s.hidden = tiers.has(s.dataset.tier));
   document.querySelectorAll("tr[data-verdict]").forEach(r =>
     r.style.display = verdicts.has(r.dataset.verdict) ? "none" : "");
-});
+};
+box.addEventListener("change", show);
+if (waiting && {{ published|tojson }}) { waiting.checked = false; show(); }
 </script>
 </body>
 </html>
@@ -123,7 +126,7 @@ def render(rows: list[Row], figures: list[tuple[str, str, str, str]], matrices: 
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     present = {row.verdict or "REPORTED" for row in rows}
     return template.render(
-        rows=rows, figures=figures, matrices=matrices, headlines=headlines(rows) or [("all", "no tasks")],
+        rows=rows, published=any(row.fingerprint for row in rows), figures=figures, matrices=matrices, headlines=headlines(rows) or [("all", "no tasks")],
         tiers=[tier for tier in TIERS if any(row.tier == tier for row in rows)], titles=TIER_TITLES, cells=cells,
         words=[word for word in (*GRADED, "REPORTED") if word in present], precisions=PRECISIONS, scientific=scientific,
     )  # fmt: skip
