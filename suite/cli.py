@@ -13,9 +13,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from suite.errors import NotRunnable, UserError
+from suite.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOT_RUN, EXIT_USAGE, NotRunnable, UserError
 
-EXIT_USAGE, EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_INTERRUPTED = 2, 11, 12, 14, 130
 # What a full disk, a read-only folder and a missing right look like.
 _WRITE_ERRORS = {
     errno.ENOSPC,

@@ -196,7 +196,7 @@ def slug(text: str) -> str:
 def can_run(task, env: dict[str, Any]) -> str | None:
     """None where the machine meets `task.resources` and has the task's engines; otherwise the reason, for NOT_RUN."""
     need = task.resources
-    checks = (_gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env))
+    checks = (_gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env), unsupported_reason(task))
     return "; ".join(reason for reason in checks if reason) or None
 
 
@@ -225,6 +225,20 @@ def _package_reason(task, env: dict[str, Any]) -> str | None:
     here = {name.removesuffix("-cpu") for name in env["packages"]}
     missing = [name for name in needed_packages(task) if name not in here]
     return f"needs {', '.join(missing)}, not installed here: run `make setup`" if missing else None
+
+
+def unsupported_reason(task) -> str | None:
+    """What the task asks for that no engine of this version does; a setting that would be ignored is refused instead."""
+    train, schedule = task.train, task.schedule
+    parallel = {name: size for name, size in (train.parallel or {} if train else {}) if size > 1}
+    asked = {
+        "train.engine": train and train.engine == "moe" and "moe",
+        "train.lora": train and train.lora and f"rank {train.lora.rank}",
+        "train.parallel": parallel and ", ".join(f"{name} {size}" for name, size in parallel.items()),
+        "schedule.eval_every": schedule and schedule.eval_every,
+    }
+    found = [f"{name} ({value})" for name, value in asked.items() if value]
+    return f"asks for {', '.join(found)}, which this version does not do yet" if found else None
 
 
 def needed_packages(task) -> list[str]:

@@ -11,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from suite.cli import EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE
-from suite.errors import NotRunnable, UserError
+from suite.errors import EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, UserError
 from suite.plan import Cell, plan
 from suite.strict_yaml import TaskErrors
 from suite.task import Task, find_repo, load_all, load_task, task_files

@@ -11,6 +11,7 @@ import pytest
 
 from suite import environment
 from suite.environment import can_run, cpu_facts, fingerprint, parse_gpus, visible_gpus
+from suite.settings import Schedule, Train
 
 A100 = {"name": "NVIDIA A100-SXM4-80GB", "memory_gib": 79.2, "driver": "570.1", "compute_capability": "8.0"}
 LAPTOP = {
@@ -38,7 +39,7 @@ def node(count=8, gpu=A100):
 def task(gpus=8, gib=80, nodes=1, disk=0, cpu_ok=False, protocol="offline_mismatch", engine="vllm", trainer="dense"):
     resources = SimpleNamespace(gpus=gpus, gpu_mem_gib=gib, nodes=nodes, disk_gib=disk, cpu_ok=cpu_ok)
     return SimpleNamespace(id="a-task", tier="paper", protocol=protocol, resources=resources,
-                           rollout=SimpleNamespace(engine=engine), train=SimpleNamespace(engine=trainer))
+                           rollout=SimpleNamespace(engine=engine), train=Train(engine=trainer), schedule=Schedule())
 
 
 def test_fingerprint_names_device_sampler_and_torch():
@@ -103,6 +104,24 @@ def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
     assert "megatron-core" in can_run(task(cpu_ok=True, trainer="moe"), LAPTOP)
     assert can_run(task(gpus=0, protocol="dataset"), bare) is None
     assert "60 GiB of free disk; 50 GiB" in can_run(task(cpu_ok=True, disk=60), LAPTOP)
+
+
+@pytest.mark.parametrize(("settings", "named"), [
+    ({"train": {"lora": {"rank": 32, "alpha": 64, "targets": ("q_proj",)}}}, "train.lora (rank 32)"),
+    ({"train": {"parallel": {"data": 8}}}, "train.parallel (data 8)"),
+    ({"train": {"engine": "moe"}}, "train.engine (moe)"),
+    ({"schedule": {"eval_every": 5}}, "schedule.eval_every (5)"),
+])  # fmt: skip
+def test_a_setting_that_would_be_ignored_is_refused(settings, named):
+    asked = task(gpus=0)
+    asked.train, asked.schedule = Train(**settings.get("train", {})), Schedule(**settings.get("schedule", {}))
+    assert f"asks for {named}, which this version does not do yet" in can_run(asked, LAPTOP)
+
+
+def test_parallel_settings_of_one_process_are_no_request():
+    asked = task(gpus=0)
+    asked.train = Train(parallel={"data": 1})
+    assert can_run(asked, LAPTOP) is None
 
 
 @pytest.mark.parametrize(("name", "bad"), [

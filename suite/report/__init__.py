@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-EXIT_DIFFERENT, EXIT_NOTHING = 1, 14
+from suite.errors import EXIT_NOTHING
+
+EXIT_DIFFERENT = 1
 
 
 def publish(task_id: str, runs_dir: Path, results_dir: Path) -> int:

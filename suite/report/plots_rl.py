@@ -23,7 +23,7 @@ def paper_curve(algorithm: str) -> Path | None:
 
 
 def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
-    """Three panels over iterations: reward, k3 and mean |pi - mu| on a log axis, max and min of pi - mu.
+    """Four panels over iterations: reward; k3 and mean |pi - mu|, each on a log axis; max and min of pi - mu.
 
     Thin lines are seeds, thick ones their mean over the iterations that all seeds reached. With `curve_csv` (columns
     precision, step, reward) the paper's curve is dotted into the reward panel, on an axis of its own above.
@@ -32,8 +32,8 @@ def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
     panels = (("reward_mean",), ("k3_nats_per_token",), ("prob_diff_mean",), ("prob_diff_max", "prob_diff_min"))
     for panel, names in zip(axes, panels):
         for name in names:
-            for precision, series in _series(runs, name).items():
-                _draw(panel, precision, series, label=name == names[0])
+            for arm, series in _series(runs, name).items():
+                _draw(panel, arm, series, label=name == names[0])
     axes[0].set(ylabel="training reward", ylim=(0, 1.02))
     axes[1].set(ylabel="k3 (nats per token)", yscale="log")
     axes[2].set(ylabel="mean |π − μ|", yscale="log")
@@ -57,22 +57,24 @@ def read_curve(path: Path) -> dict[str, np.ndarray]:
 
 
 def _series(runs: list[Run], name: str) -> dict[str, list[np.ndarray]]:
-    """{precision: one (steps, 2) array of step and value per run}, bf16 first; runs without the metric are left out."""
+    """{arm: one (steps, 2) array of step and value per run}, bf16 first; runs without the metric are left out."""
     found = {}
     for run in sorted(runs, key=lambda run: (run.arm, run.seed)):
         points = [(row["step"], row[name]) for row in run.metrics if row.get(name) is not None]
         if points:
-            found.setdefault(run.arm.split("-")[0], []).append(np.array(points, dtype=float))
+            found.setdefault(run.arm, []).append(np.array(points, dtype=float))
     return found
 
 
-def _draw(axes, precision: str, series: list[np.ndarray], label: bool) -> None:
+def _draw(axes, arm: str, series: list[np.ndarray], label: bool) -> None:
+    """An arm in the colour of its precision, the first word of its name; dashed if the name has more words."""
+    precision, *more = arm.split("-")
     for points in series:
         axes.plot(points[:, 0], points[:, 1], color=colour(precision), linewidth=0.7, alpha=0.45)
     length = min(len(points) for points in series)
     mean = np.mean([points[:length, 1] for points in series], axis=0)
-    how = {"color": colour(precision), "linestyle": LINE_STYLES.get(precision, "-"), "linewidth": 2.0}
-    text = f"{precision} ({len(series)} seed{'s' if len(series) > 1 else ''})"
+    how = {"color": colour(precision), "linestyle": "--" if more else LINE_STYLES.get(precision, "-"), "linewidth": 2.0}
+    text = f"{arm} ({len(series)} seed{'s' if len(series) > 1 else ''})"
     axes.plot(series[0][:length, 0], mean, label=text if label else None, **how)
 
 
