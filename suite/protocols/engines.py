@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from suite.batch import Request, Rollout, request_seed
 from suite.data import Prompt, token_ids
 from suite.models import load_tokenizer, model_folder, stop_token_ids
 from suite.plan import Cell
+from suite.protocols import Session
+from suite.record import Run
 from suite.rewards import FORMAT_OF_TEMPLATE, RewardPool
 from suite.rollouts import load_sampler
 from suite.trainers import load_trainer
@@ -84,6 +87,27 @@ class Engines:
         for engine in (self._sampler, *self._trainers.values(), self.rewards):
             if engine is not None:
                 engine.close()
+
+
+def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Callable[..., None]) -> None:
+    """Every cell that has no finished record, in groups that share a sampler. `run_cell(cell, writer, engines, session)`
+    ends with the record finished; whatever it raises is written into the record, under `stage`, and goes on up."""
+    for group in group_cells(cells, SAMPLER_SETTINGS):
+        engines = Engines(group[0])
+        try:
+            for cell in group:
+                writer = session.open_cell(cell)
+                if isinstance(writer, Run):
+                    session.progress(cell.name, 1, 1, "complete already")
+                    continue
+                try:
+                    run_cell(cell, writer, engines, session)
+                except BaseException as error:
+                    if writer.is_open:
+                        writer.fail(stage, error)
+                    raise
+        finally:
+            engines.close()
 
 
 def reward_pool(data: dict) -> RewardPool:

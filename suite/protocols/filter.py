@@ -22,8 +22,8 @@ from suite.kept import KeptProblem, in_band, problem_texts, write_kept
 from suite.mismatch import estimates
 from suite.plan import Cell
 from suite.protocols import Session
-from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
-from suite.record import Run, RunWriter, read_evidence
+from suite.protocols.engines import Engines, run_one_by_one
+from suite.record import RunWriter, read_evidence
 
 DEFAULT_PROMPTS_PER_BATCH = 32
 KEPT_NAME = "kept.json"
@@ -31,28 +31,13 @@ WITHOUT_TRAINER = ("response_tokens_mean", "reward_mean", "truncated_share")
 
 
 def run(cells: list[Cell], session: Session) -> None:
-    for group in group_cells(cells, SAMPLER_SETTINGS):
-        engines = Engines(group[0])
-        try:
-            for cell in group:
-                _open_and_run(cell, engines, session)
-        finally:
-            engines.close()
+    run_one_by_one(cells, session, "filter", _run_cell)
 
 
-def _open_and_run(cell: Cell, engines: Engines, session: Session) -> None:
-    writer = session.open_cell(cell)
-    if isinstance(writer, Run):
-        session.progress(cell.name, 1, 1, "complete already")
-        return
-    try:
-        prompts = load_prompts(cell.settings["data"], cell.seed)[: session.limit]
-        sample_all(cell, prompts, writer, engines, session)
-        finish(cell, prompts, writer)
-    except BaseException as error:
-        if writer.is_open:
-            writer.fail("filter", error)
-        raise
+def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session) -> None:
+    prompts = load_prompts(cell.settings["data"], cell.seed)[: session.limit]
+    sample_all(cell, prompts, writer, engines, session)
+    finish(cell, prompts, writer)
 
 
 def sample_all(cell: Cell, prompts: list[Prompt], writer: RunWriter, engines: Engines, session: Session) -> None:

@@ -32,8 +32,8 @@ from suite.mismatch import concat_sums, estimates
 from suite.plan import Cell
 from suite.precision import Precision
 from suite.protocols import Session
-from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
-from suite.record import Run, RunWriter, read_evidence
+from suite.protocols.engines import Engines, run_one_by_one
+from suite.record import RunWriter, read_evidence
 from suite.sync import Probe, prove_sync, sync_weights
 
 DEFAULT_CHECKPOINT_EVERY = 10
@@ -42,26 +42,7 @@ DIVERGED_AFTER = 10  # steps in a row in which no gradient was finite
 
 
 def run(cells: list[Cell], session: Session) -> None:
-    for group in group_cells(cells, SAMPLER_SETTINGS):
-        engines = Engines(group[0])
-        try:
-            for cell in group:
-                _open_and_run(cell, engines, session)
-        finally:
-            engines.close()
-
-
-def _open_and_run(cell: Cell, engines: Engines, session: Session) -> None:
-    writer = session.open_cell(cell)
-    if isinstance(writer, Run):
-        session.progress(cell.name, 1, 1, "complete already")
-        return
-    try:
-        _run_cell(cell, writer, engines, session)
-    except BaseException as error:
-        if writer.is_open:
-            writer.fail("rl", error)
-        raise
+    run_one_by_one(cells, session, "rl", _run_cell)
 
 
 def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session) -> None:
