@@ -7,7 +7,7 @@ import pytest
 from fakes import RL, block, claim, event_grade, only, series_run, task_of, time_grade
 
 from suite.grade import grade_task
-from suite.launches import reduced
+from suite.grade.launches import reduced
 
 FALLS = np.concatenate([np.linspace(0.5, 0.8, 60), np.linspace(0.8, 0.4, 60)])
 RISES = np.linspace(0.5, 0.9, 120)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 
 from suite import stats
-from suite.contrasts import Levels
-from suite.judge import EVENT_ACCEPT, Evidence, findings_of, inside, order_form, order_regions
-from suite.launches import FINISHED, scale_of
+from suite.grade.contrasts import Levels
+from suite.grade.judge import EVENT_ACCEPT, Evidence, findings_of, inside, order_form, order_regions
+from suite.grade.launches import FINISHED, scale_of
 from suite.validate import unpinned_inputs
 
 # (estimand, form) -> standard deviation between launches. A ratio is on the log scale, a difference in the

@@ -8,10 +8,10 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from suite import contrasts
-from suite.contrasts import Finding, Levels
+from suite.grade import contrasts
+from suite.grade.contrasts import Finding, Levels
 from suite.errors import TaskError
-from suite.launches import FINISHED, arm_runs, launches, scale_of, skipped_share, unit_of
+from suite.grade.launches import FINISHED, arm_runs, launches, scale_of, skipped_share, unit_of
 
 NOT_REPRODUCED = "not_reproduced_on_this_hardware"
 MOST_SKIPPED = 0.05  # share of skipped steps after warm-up above which a run cannot pass as stable

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from suite import stats
-from suite.launches import Launch, prompt_table, scale_of
+from suite.grade.launches import Launch, prompt_table, scale_of
 from suite.mismatch import SUMS, estimates_of_totals
 
 Ends = tuple[float, float]

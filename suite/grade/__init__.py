@@ -9,6 +9,9 @@
 
 A task is the first of INVALID, ERROR, NOT_RUN, FAIL, INCONCLUSIVE, PASS that one of its graded claims has. A verdict
 is a function of task and records alone: no clock, no order of files, no machine enters it.
+
+The way through: launches (records -> one value per launch), contrasts (values -> intervals), judge (intervals -> the
+verdict of a claim), controls, and here the verdict of the task. power says beforehand what a design can decide.
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import suite
-from suite.contrasts import Levels
-from suite.controls import canonical, grade_control, unfinished, violations
+from suite.grade.contrasts import Levels
+from suite.grade.controls import canonical, grade_control, unfinished, violations
 from suite.errors import UserError
-from suite.judge import (
+from suite.grade.judge import (
     Evidence,
     Judgement,
     claim_row,
@@ -30,8 +33,8 @@ from suite.judge import (
     require_grade,
     too_many_skips,
 )
-from suite.launches import FINISHED
-from suite.power import design_power  # noqa: F401  (offered where people look for it)
+from suite.grade.launches import FINISHED
+from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.record import write_json
 from suite.validate import unpinned_inputs
 

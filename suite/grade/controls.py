@@ -14,9 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from suite import stats
-from suite.contrasts import Levels, contrast_of, level_of, within
-from suite.judge import Evidence, disjoint, ends_text, inside, number, pair, region_text
-from suite.launches import FINISHED, launches, series
+from suite.grade.contrasts import Levels, contrast_of, level_of, within
+from suite.grade.judge import Evidence, disjoint, ends_text, inside, number, pair, region_text
+from suite.grade.launches import FINISHED, launches, series
 from suite.plan import PATHS, differing_paths
 from suite.precision import contract_breaches
 from suite.task import Grade
