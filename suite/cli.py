@@ -140,10 +140,10 @@ def _run_flags(verb: argparse.ArgumentParser) -> None:
         help="where run folders go (default: RUNS_DIR or runs)",
     )
     verb.add_argument(
-        "--nproc", type=_positive, metavar="N", default=1, help="processes on this machine, through torchrun"
+        "--nproc", type=_positive, metavar="N", default=1, help="processes on this machine; this version takes 1"
     )
     verb.add_argument(
-        "--launcher", metavar="COMMAND", help='start the processes with this instead, such as "srun -n 8"'
+        "--launcher", metavar="COMMAND", help="start processes with this; not in this version"
     )
 
 

@@ -5,13 +5,10 @@ report and verify work on a machine without torch.
 """
 
 import json
-import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-from suite.errors import EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, UserError
+from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, UserError
 from suite.plan import Cell, plan
 from suite.strict_yaml import TaskErrors
 from suite.task import Task, find_repo, load_all, load_task, task_files
@@ -82,10 +79,9 @@ def run(args) -> int:
         print(f"{task.id}: nothing selected")
         return EXIT_NOTHING
     _check_machine(task)
-    code = _run_cells(args, task, cells)
-    if not code:
-        print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
-    return code
+    _run_cells(args, task, cells)
+    print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
+    return 0
 
 
 def grade(args) -> int:
@@ -112,10 +108,8 @@ def reproduce(args) -> int:
     cells = select(task, args.seeds, args.arm)
     rendering.print_heading(task, len(cells))
     _check_machine(task)
-    code = _run_cells(args, task, cells) if cells else 0
-    if code:
-        print(line_without_grading(task.id, "ERROR"))
-        return EXIT_ERROR
+    if cells:
+        _run_cells(args, task, cells)
     verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
     if verdict is None:
         print("a run with --limit is never graded" if args.limit else f"nothing recorded below {args.runs_dir}")
@@ -210,31 +204,15 @@ def _check_machine(task: Task) -> None:
         raise NotRunnable(reason)
 
 
-def _run_cells(args, task: Task, cells: list[Cell]) -> int:
-    """In this process, or in as many as --nproc or --launcher start; 0, or 11 if one of those failed."""
-    if (args.nproc > 1 or args.launcher) and "RANK" not in os.environ:
-        return _launch(args)
+def _run_cells(args, task: Task, cells: list[Cell]) -> None:
+    if args.nproc > 1 or args.launcher:
+        asked = f"--launcher {args.launcher!r}" if args.launcher else f"--nproc {args.nproc}"
+        raise NotRunnable(f"{asked}: this version runs all cells in one process, one after the other")
     from suite.progress import Progress
     from suite.protocols import run_task
 
     with Progress(len(cells)) as progress:
         run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress)
-    return 0
-
-
-def _launch(args) -> int:
-    """`suite run` once per process; grading stays here, because launchers fold exit codes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.nproc)]
-    start = [*shlex.split(args.launcher), sys.executable] if args.launcher else torchrun
-    command = [*start, "-m", "suite", "run", args.task, "--runs-dir", str(args.runs_dir)]
-    command += ["--seeds", ",".join(map(str, args.seeds))] if args.seeds else []
-    command += ["--arm", ",".join(args.arm)] if args.arm else []
-    command += ["--limit", str(args.limit)] if args.limit else []
-    command += ["--fresh"] if args.fresh else []
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        print(f"{shlex.join(start)}: exit code {code}", file=sys.stderr)
-    return EXIT_ERROR if code else 0
 
 
 def _grade_records(task: Task, runs_dir: Path):

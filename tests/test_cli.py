@@ -263,22 +263,13 @@ def test_select_narrows_arms_and_seeds_and_keeps_controls(checkout):  # noqa: F8
         verbs.select(task, arms=["fp8"])
 
 
-def test_processes_are_started_with_the_same_choice_of_cells(checkout, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("flags", [["--nproc", "2"], ["--launcher", "srun -n 8"]])
+def test_several_processes_would_run_the_same_cells_and_are_refused(checkout, monkeypatch, capsys, flags):  # noqa: F811
     checkout()
-    started = []
     monkeypatch.setattr(verbs, "_check_machine", lambda task: None)
-    monkeypatch.setattr(
-        verbs.subprocess,
-        "run",
-        lambda command, check: started.append(command) or subprocess.CompletedProcess(command, 3),
-    )
-    monkeypatch.delenv("RANK", raising=False)
-    words = ["run", "tiny", "--nproc", "2", "--seeds", "0,1", "--arm", "bf16", "--limit", "4", "--fresh"]
-    assert cli.main(words) == 11  # the launcher failed
-    assert "--nproc-per-node 2" in " ".join(started[0])
-    assert " ".join(started[0]).endswith("-m suite run tiny --runs-dir runs --seeds 0,1 --arm bf16 --limit 4 --fresh")
-    cli.main(["run", "tiny", "--launcher", "srun -n 8"])
-    assert started[1][:4] == ["srun", "-n", "8", sys.executable]
+    assert cli.main(["run", "tiny", *flags]) == 12
+    said = capsys.readouterr()
+    assert f"{flags[0]} " in said.out + said.err and "all cells in one process" in said.out + said.err
 
 
 def test_show_and_plan_print_what_is_graded(checkout, capsys, monkeypatch):  # noqa: F811
