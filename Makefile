@@ -1,6 +1,6 @@
 # Everything sets itself up first: `make reproduce` and `make test` work on a fresh machine.
 #
-#   make reproduce [TASK=id] [SEEDS=0,1,2] [LIMIT=n] [NPROC=n] [FRESH=1] [RUNS_DIR=folder] [EXTRA="..."]
+#   make reproduce [TASK=id] [SEEDS=10,11] [LIMIT=n] [NPROC=n] [FRESH=1] [RUNS_DIR=folder] [EXTRA="..."]
 #   make test [EXTRA="-k name"]
 #   make bench [EXTRA="rl --sizes 1m"]
 #
@@ -14,7 +14,7 @@ NPROC ?=
 FRESH ?=
 RUNS_DIR ?=
 EXTRA ?=
-PYTHON ?= python3
+PYTHON ?=
 TORCH_INDEX ?=
 LOCK ?=
 TEST_WORKERS ?= 2

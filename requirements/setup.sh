@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Builds .venv in the current folder from requirements/<cpu|gpu>.lock and installs the checkout into it, editable.
-# Environment: PYTHON (python3), LOCK (cpu or gpu; by default gpu where nvidia-smi finds one), TORCH_INDEX (an extra
-# package index). A stamp named after lock, packaging and Python marks a finished set-up; a failed one leaves none.
+# Environment: PYTHON, LOCK (cpu or gpu), TORCH_INDEX (an extra package index). Without PYTHON and LOCK those of the last
+# set-up are kept; the first one takes python3, and gpu where nvidia-smi finds one. TORCH_INDEX is for this call alone. A stamp named after lock, packaging and Python marks a finished set-up; a failed one leaves none.
 set -euo pipefail
 
-python=${PYTHON:-python3}
-lock=${LOCK:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
+choice=.venv/.setup-choice  # "lock python" of the last set-up
+read -r kept_lock kept_python < <(cat "$choice" 2>/dev/null) || true
+python=${PYTHON:-${kept_python:-python3}}
+lock=${LOCK:-${kept_lock:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}}
 log=.venv/setup.log
 
 fail() { printf 'setup: %s\n' "$@" >&2; exit 2; }
@@ -36,4 +38,5 @@ explain() {
 pip_install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r "requirements/$lock.lock" ||
     explain "requirements/$lock.lock"
 pip_install --no-build-isolation --editable . || explain "the checkout itself"
+echo "$lock $python" >"$choice"
 touch "$stamp"

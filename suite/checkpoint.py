@@ -29,10 +29,14 @@ def save_checkpoint(folder: Path, num_steps: int, state: dict) -> None:
         old.unlink()
 
 
-def load_checkpoint(folder: Path) -> tuple[int, dict | None, list[str]]:
-    """(number of steps, state, what was passed over): the newest whole checkpoint; (0, None, ...) if there is none."""
+def load_checkpoint(folder: Path, at_most: int) -> tuple[int, dict | None, list[str]]:
+    """(number of steps, state, what was passed over): the newest whole checkpoint of at most `at_most` steps, which is
+    how many the record has; (0, None, ...) if there is none."""
     passed_over = []
     for path in reversed(_paths(folder)):
+        if _steps_of(path) > at_most:
+            passed_over.append(f"{path.name}: the record has only {at_most} whole steps")
+            continue
         hash_file = path.with_suffix(".sha256")
         if not hash_file.exists():
             passed_over.append(f"{path.name}: its hash is missing, it was cut short")
@@ -40,8 +44,12 @@ def load_checkpoint(folder: Path) -> tuple[int, dict | None, list[str]]:
             passed_over.append(f"{path.name}: its content does not have the recorded hash")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            return int(path.stem.split("-")[1]), state, passed_over
+            return _steps_of(path), state, passed_over
     return 0, None, passed_over
+
+
+def _steps_of(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -2,8 +2,8 @@
 else.
 
 Exit codes: 0 PASS or success, 1 FAIL (or a difference found), 2 bad usage or task file, 10 INCONCLUSIVE, 11 ERROR, 12
-NOT_RUN, 13 INVALID, 14 nothing selected or recorded yet, 130 interrupted. The last line of `reproduce` is always the
-VERDICT line. What each verb does is in verbs.py.
+NOT_RUN, 13 INVALID, 14 nothing selected or recorded yet, 130 interrupted, 141 nobody reads the output. The last line of
+`reproduce` is the VERDICT line, except on exit 2. What each verb does is in verbs.py.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from suite.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOT_RUN, EXIT_USAGE, NotRunnable, UserError
+from suite.errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOT_RUN, EXIT_USAGE, NotRunnable, UserError
 
 # What a full disk, a read-only folder and a missing right look like.
 _WRITE_ERRORS = {
@@ -42,17 +42,17 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"suite {args.verb}: NOT_RUN: {problem}")
         return _end(args, EXIT_NOT_RUN, "NOT_RUN")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as `head` has gone; not an error
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as `head` has gone
+        return EXIT_BROKEN_PIPE
     except OSError as problem:
         if problem.errno not in _WRITE_ERRORS:
             traceback.print_exc()
         else:
             name = problem.filename or "a file"
-            _say(f"suite {args.verb}: cannot write {name}: {problem.strerror}; what was recorded before is intact")
+            _say(f"suite {args.verb}: cannot use {name}: {problem.strerror}; what was recorded before is intact")
         return _end(args, EXIT_ERROR, "ERROR")
     except KeyboardInterrupt:
-        _say(f"suite {args.verb}: interrupted; the same command goes on from here")
+        _say(f"suite {args.verb}: interrupted; the same command, without --fresh, goes on from here")
         return _end(args, EXIT_INTERRUPTED, "ERROR")
     except Exception:
         traceback.print_exc()
@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = _adder(verbs)
     verb = add("list", "what there is")
-    verb.add_argument("--tier", choices=("desk", "node", "paper"))
+    verb.add_argument("--tier", choices=("desk", "node", "paper"), help="only this tier")
     verb.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     add("show", "a task resolved, or a claim with the paper's value and our results").add_argument(
         "name", metavar="TASK|CLAIM"
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _run_flags(add("run", "run the missing cells of a task; the same command again resumes"))
     verb = add("grade", "verdict from records; needs no engine")
     verb.add_argument("task", metavar="TASK")
-    verb.add_argument("--runs", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir())
+    _records_flag(verb)
     verb.add_argument(
         "--evidence", type=Path, metavar="FILE", help="grade rollouts that another framework wrote (parquet or JSONL)"
     )
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = add("publish", "copy finished runs into results/ and regenerate tables and figures")
     verb.add_argument("task", metavar="TASK")
-    verb.add_argument("--runs", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir())
+    _records_flag(verb)
     verb = add("report", "regenerate what is generated in results/")
     verb.add_argument("--check", action="store_true", help="change nothing; exit 1 if anything would change")
     verb = add("verify", "recompute every published verdict")
@@ -116,6 +116,11 @@ def _adder(verbs):
         return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
     return add
+
+
+def _records_flag(verb: argparse.ArgumentParser) -> None:
+    where = "where run folders are (default: RUNS_DIR or runs)"
+    verb.add_argument("--runs", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir(), help=where)
 
 
 def _run_flags(verb: argparse.ArgumentParser) -> None:
@@ -177,10 +182,9 @@ def _runs_dir() -> Path:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _numbers(text: str) -> list[int]:

@@ -14,7 +14,7 @@ The file is parquet or JSON lines, one row per rollout. Columns:
     trainer_logprobs    numbers <= 0     log pi of the same tokens by the trainer, at the same temperature
     finish_reason       string           optional; "stop" or "length" (cut off by the token limit)
     reward              number           optional; null or nan = not rewarded; needed where a claim is about the reward
-    <grid axis>         as in the task   e.g. num_terms: "60-120" or [60, 120]; needed where the grid has several points
+    <grid axis>         as in the task   e.g. num_terms: "25-200" or [25, 200]; needed where the grid has several points
     step                integer          allowed and not used (the suite's own evidence has it)
 
 So the suite's own evidence rows are accepted once they carry `arm` and `seed`. A file is refused whole at the first

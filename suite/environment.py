@@ -33,22 +33,21 @@ GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware
 
 
 
-def collect(folder: str | Path = ".") -> dict[str, Any]:
+def collect(runs_dir: str | Path = ".") -> dict[str, Any]:
     """All that can explain a difference between two runs, as plain data for record.json.
 
-    folder: where runs are written (its disk) and whose git checkout is described. Sizes in GiB. A fact that cannot be
+    runs_dir: where runs are written, for its disk. git is that of this suite's own checkout. Sizes in GiB. A fact that cannot be
     found out is None, never a guess.
     """
-    folder = Path(folder)
     return {
         "schema": 1,
         "suite_version": __version__,
-        "git": git_state(folder),
+        "git": git_state(Path(__file__).parent),
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_facts(),
         "memory_gib": memory_gib(),
-        "disk_free_gib": round(shutil.disk_usage(_existing(folder)).free / GIB, 1),
+        "disk_free_gib": round(shutil.disk_usage(_existing(Path(runs_dir))).free / GIB, 1),
         "gpus": visible_gpus(list_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")),
         "num_nodes": int(os.environ.get("SLURM_JOB_NUM_NODES") or os.environ.get("GROUP_WORLD_SIZE") or 1),
         "packages": package_versions(),

@@ -3,6 +3,7 @@
 
 # 0 is PASS or success, 1 FAIL or a difference found, 10 INCONCLUSIVE, 13 INVALID.
 EXIT_USAGE, EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_INTERRUPTED = 2, 11, 12, 14, 130
+EXIT_BROKEN_PIPE = 141
 
 
 class UserError(Exception):

@@ -289,7 +289,8 @@ def open_run(runs_root: Path, task, cell, environment: dict, fingerprint: str, *
     """The run folder of a cell: a finished Run if there is one (and not `fresh`), else a RunWriter to start or resume it.
 
     Args:
-        environment: as environment.collect() returns it; fingerprint: its short name, which a resume must share.
+        environment: as environment.collect() returns it; fingerprint: its short name. Attempts of another fingerprint (another kind of machine, other
+            engine versions) are left alone: this one begins its own.
         limit: as given to --limit; a limited run has a key of its own.
         fresh: begin a new attempt even if a finished one exists. An unfinished attempt is resumed all the same.
         evidence_parts: whether each part of this protocol carries an evidence file.
@@ -297,23 +298,26 @@ def open_run(runs_root: Path, task, cell, environment: dict, fingerprint: str, *
     key = cell.run_key(limit)
     first = Path(runs_root) / task.id / cell.name / key[:12]
     attempts = [first, *sorted(first.parent.glob(f"{key[:12]}.*"), key=lambda p: int(p.suffix[1:]))]
-    finished = [path for path in attempts if _status(path) in FINISHED]
-    unfinished = [path for path in attempts if path.exists() and path not in finished]
+    there = [path for path in attempts if path.exists()]
+    mine = [path for path in there if _head(path).get("fingerprint", fingerprint) == fingerprint]
+    finished = [path for path in mine if _head(path).get("status") in FINISHED]
+    unfinished = [path for path in mine if path not in finished]
     if finished and not fresh and not unfinished:
         return read_run(finished[-1])
-    folder = unfinished[-1] if unfinished else (first.with_suffix(f".{len(attempts) + 1}") if finished else first)
+    folder = unfinished[-1] if unfinished else (first.with_suffix(f".{len(attempts) + 1}") if there else first)
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    record = _resumed_record(folder, fingerprint) or _new_record(task, cell, key, limit, evidence_parts)
+    record = _head(folder) or _new_record(task, cell, key, limit, evidence_parts)
     record |= {"status": "running", "environment": environment, "fingerprint": fingerprint, "error": None}
     writer = RunWriter(folder, record, lock)
     writer.update()
     return writer
 
 
-def _status(folder: Path) -> str | None:
+def _head(folder: Path) -> dict:
+    """record.json, or {} of an attempt that was stopped before it wrote one."""
     path = folder / "record.json"
-    return json.loads(path.read_text())["status"] if path.exists() else None
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _lock(folder: Path):
@@ -324,19 +328,6 @@ def _lock(folder: Path):
         lock.close()
         raise UserError(f"{folder}: another process is running this cell; wait for it or choose another --runs-dir")
     return lock
-
-
-def _resumed_record(folder: Path, fingerprint: str) -> dict | None:
-    path = folder / "record.json"
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    if record["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{path}: fingerprint: this run was begun on {record['fingerprint']!r} and cannot be resumed on "
-            f"{fingerprint!r}; resume it there, or start anew with --runs-dir"
-        )
-    return record
 
 
 def _new_record(task, cell, key: str, limit: int | None, evidence_parts: bool) -> dict:

@@ -269,19 +269,21 @@ def collapse_time(
 
     steps, values: (n,), one entry per iteration. With `relative`, `drop` is a share of the peak ("falls by half":
     0.5). The step is that of the first mean of the held stretch. A non-finite value is an event at its own step,
-    whichever comes first. A fall that the series ends before `hold` is complete does not count: censored at the last
-    step. None if the series is shorter than window + hold (nothing could have been seen) and finite.
+    whichever comes first. None where nobody can say: the series is shorter than window + hold, or ends in a fall that
+    is not yet held.
     """
     steps, values = _series(steps, values)
     broken = np.flatnonzero(~np.isfinite(values))
     seen = values[: broken[0]] if broken.size else values
-    held = _first_held(_below_peak(window_mean(seen, window), drop, relative), hold)
+    fallen = _below_peak(window_mean(seen, window), drop, relative)
+    held = _first_held(fallen, hold)
     horizon = int(steps[-1]) if steps.size else 0
     if held is not None:
         return EventTime(int(steps[held + window - 1]), horizon, "drop")
     if broken.size:
         return EventTime(int(steps[broken[0]]), horizon, "non_finite")
-    return EventTime(None, horizon, "censored") if values.size >= window + hold else None
+    undecided = values.size < window + hold or fallen[-1]
+    return None if undecided else EventTime(None, horizon, "censored")
 
 
 def _below_peak(means: np.ndarray, drop: float, relative: bool) -> np.ndarray:

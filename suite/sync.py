@@ -5,9 +5,11 @@ a reload that writes the plain tensor leaves the packed copy behind (tied output
 every dtype). The same class of fault has bitten others on GPUs. So a sync is proved, not assumed:
 
     floor      right after both engines loaded the checkpoint: log-prob gap between sampler and trainer on fixed sequences
-    challenge  every weight is moved by a few percent, synced, compared, and moved back: a weight that did not arrive
+    challenge  every weight is moved by a tenth, synced, compared, and moved back: a weight that did not arrive
                leaves a gap far above the floor, in any dtype
-    probe      after each later sync: the same comparison, to be read against the floor
+    probe      after each later sync: the same comparison, to be read against the floor. Above it, floor and challenge are
+               taken again at the present weights: training may have moved them to where the engines agree less, and a
+               tensor that lags by one update is far closer than one that missed the challenge
 """
 
 from __future__ import annotations
@@ -54,14 +56,21 @@ class Probe:
         r = pi - mu
         return Gap(float(np.abs(r).mean()), float((np.expm1(r) - r).mean()))
 
-    def check(self, gap: Gap, floor: Gap, when: str) -> None:
-        """Raises SyncError if a gap is above the floor; a gap that is not a number is."""
+    def allowed(self, floor: Gap) -> float:
+        """The largest mean |dlogp|, nats per token, that counts as at the floor."""
         slack = TOLERATED_ROUNDINGS * ROUNDING[self.precision] + TOLERATED_NATS
-        allowed = TOLERATED_FACTOR * floor.logprob_diff_mean + slack
-        if not gap.logprob_diff_mean <= allowed:
+        return TOLERATED_FACTOR * floor.logprob_diff_mean + slack
+
+    def holds(self, gap: Gap, floor: Gap) -> bool:
+        """Whether a gap is at the floor; one that is not a number is not."""
+        return gap.logprob_diff_mean <= self.allowed(floor)
+
+    def check(self, gap: Gap, floor: Gap, when: str) -> None:
+        """Raises SyncError if a gap is above the floor."""
+        if not self.holds(gap, floor):
             raise SyncError(
                 f"weight sync: {when}, sampler and trainer differ by {gap.logprob_diff_mean:.3g} nats per token on the "
-                f"probe, allowed {allowed:.3g} (floor after loading from disk: {floor.logprob_diff_mean:.3g}): "
+                f"probe, allowed {self.allowed(floor):.3g} (floor: {floor.logprob_diff_mean:.3g}): "
                 "the sampler holds stale weights"
             )
 

@@ -30,7 +30,7 @@ def show_one(args) -> int:
     from suite import show as rendering
 
     if rendering.is_claim(args.name):
-        rendering.print_claim(args.name.upper(), load_all(), find_repo())
+        rendering.print_claim(args.name.split("-")[0].upper(), load_all(), find_repo())
     else:
         rendering.print_task(load_task(args.name))
     return 0
@@ -78,7 +78,7 @@ def run(args) -> int:
     if not cells:
         print(f"{task.id}: nothing selected")
         return EXIT_NOTHING
-    _check_machine(task)
+    _check_machine(task, args.runs_dir)
     _run_cells(args, task, cells)
     print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
     return 0
@@ -107,7 +107,7 @@ def reproduce(args) -> int:
     task = require_valid(load_task(args.task))
     cells = select(task, args.seeds, args.arm)
     rendering.print_heading(task, len(cells))
-    _check_machine(task)
+    _check_machine(task, args.runs_dir)
     if cells:
         _run_cells(args, task, cells)
     verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
@@ -122,7 +122,10 @@ def reproduce(args) -> int:
 def publish(args) -> int:
     from suite.report import publish as publish_task
 
-    return publish_task(require_valid(load_task(args.task)).id, args.runs_dir, find_repo() / "results")
+    task = require_valid(load_task(args.task))
+    if task.id not in task_files():
+        raise UserError(f"publish: found {args.task!r}, allowed: a task of tasks/, since results/ is checked against them")
+    return publish_task(task.id, args.runs_dir, find_repo() / "results")
 
 
 def report(args) -> int:
@@ -140,6 +143,9 @@ def verify(args) -> int:
 def bench(args) -> int:
     from suite.bench import BENCHES, run
 
+    for flag, given, name in (("--sizes", args.sizes, "rl"), ("--vocab", args.vocab, "scoring")):
+        if given and args.name not in (name, "all"):
+            raise UserError(f"bench {args.name}: found {flag}, allowed: with bench {name}")
     names = list(BENCHES) if args.name == "all" else [args.name]
     return run(names, vocabularies=args.vocab, sizes=args.sizes, out=args.out or find_repo() / "results" / "bench")
 
@@ -196,10 +202,10 @@ def line_without_grading(task_id: str, verdict: str) -> str:
     return f"VERDICT task={name} verdict={verdict} claims=0/{num_graded} verdict_file=-"
 
 
-def _check_machine(task: Task) -> None:
+def _check_machine(task: Task, runs_dir: Path) -> None:
     from suite import environment
 
-    reason = environment.can_run(task, environment.collect())
+    reason = environment.can_run(task, environment.collect(runs_dir))
     if reason:
         raise NotRunnable(reason)
 

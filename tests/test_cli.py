@@ -149,7 +149,7 @@ def machine(checkout, monkeypatch):  # noqa: F811
     """
     checkout()
     calls = []
-    monkeypatch.setattr(verbs, "_check_machine", lambda task: calls.append("doctor"))
+    monkeypatch.setattr(verbs, "_check_machine", lambda task, runs_dir: calls.append("doctor"))
     monkeypatch.setattr(verbs, "_run_cells", lambda args, task, cells: calls.append(f"run {len(cells)}") or 0)
     monkeypatch.setattr(
         verbs,
@@ -187,15 +187,15 @@ def raising(problem):
             OSError(errno.ENOSPC, "No space left on device", "runs/x"),
             11,
             "ERROR",
-            "cannot write runs/x: No space left on device",
+            "cannot use runs/x: No space left on device",
         ),
         (
             OSError(errno.EROFS, "Read-only file system", "runs/x"),
             11,
             "ERROR",
-            "cannot write runs/x: Read-only file system",
+            "cannot use runs/x: Read-only file system",
         ),
-        (KeyboardInterrupt(), 130, "ERROR", "the same command goes on from here"),
+        (KeyboardInterrupt(), 130, "ERROR", "the same command, without --fresh, goes on from here"),
         (RuntimeError("the engine died"), 11, "ERROR", "Traceback"),
         (UserError("another process is running this cell"), 2, None, "another process"),
         (DataError("x.parquet: sha256 differs"), 2, None, "sha256 differs"),
@@ -228,10 +228,10 @@ def test_a_runs_folder_that_is_a_file_is_a_clear_error(checkout, monkeypatch, ca
 
     checkout()
     (tmp_path / "occupied").write_text("")
-    monkeypatch.setattr(verbs, "_check_machine", lambda task: None)
+    monkeypatch.setattr(verbs, "_check_machine", lambda task, runs_dir: None)
     monkeypatch.setattr(protocols, "run_task", lambda *args, runs_dir, **flags: (runs_dir / "x").mkdir(parents=True))
     assert cli.main(["run", "tiny", "--runs-dir", str(tmp_path / "occupied")]) == 11
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot use" in capsys.readouterr().err
 
 
 def test_grade_without_records_says_so(checkout, capsys):  # noqa: F811
@@ -263,10 +263,26 @@ def test_select_narrows_arms_and_seeds_and_keeps_controls(checkout):  # noqa: F8
         verbs.select(task, arms=["fp8"])
 
 
+@pytest.mark.parametrize(("words", "named"), [
+    (["bench", "rl", "--vocab", "64"], "found --vocab, allowed: with bench scoring"),
+    (["bench", "scoring", "--sizes", "1m"], "found --sizes, allowed: with bench rl"),
+])  # fmt: skip
+def test_a_flag_that_would_be_ignored_is_refused(words, named, capsys):
+    assert cli.main(words) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_task_outside_the_checkout_cannot_be_published(checkout, capsys, tmp_path):  # noqa: F811
+    (tmp_path / "elsewhere").mkdir()
+    outside = checkout().rename(tmp_path / "elsewhere" / "tiny.yaml")
+    assert cli.main(["publish", str(outside)]) == 2
+    assert "allowed: a task of tasks/" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [["--nproc", "2"], ["--launcher", "srun -n 8"]])
 def test_several_processes_would_run_the_same_cells_and_are_refused(checkout, monkeypatch, capsys, flags):  # noqa: F811
     checkout()
-    monkeypatch.setattr(verbs, "_check_machine", lambda task: None)
+    monkeypatch.setattr(verbs, "_check_machine", lambda task, runs_dir: None)
     assert cli.main(["run", "tiny", *flags]) == 12
     said = capsys.readouterr()
     assert f"{flags[0]} " in said.out + said.err and "all cells in one process" in said.out + said.err

@@ -124,6 +124,27 @@ def test_gradient_checkpointing_and_head_chunks_do_not_change_a_16_bit_step(mode
         assert report["loss"] == pytest.approx(reports[0]["loss"], rel=1e-3)
 
 
+def test_gradient_checkpointing_runs_every_layer_a_second_time(model):
+    rows, calls = sequences(4), []
+    for checkpointing in (False, True):
+        ours = trainer(model, gradient_checkpointing=checkpointing, micro_batch_size=64)
+        batch = minibatch(rows, ours.score(rows))
+        calls.append(0)
+        layers = ours._model.base_model.layers
+        for layer in layers:
+            layer.mlp.register_forward_hook(lambda *_: calls.append(calls.pop() + 1))
+        ours.update(batch, resolve("GRPO"))
+        assert not ours._model.training
+    assert calls == [len(layers), 2 * len(layers)]
+
+
+def test_a_mini_batch_without_any_advantage_reports_no_gradient(model):
+    rows, ours = sequences(4), trainer(model)
+    none = ours.update(minibatch(rows, ours.score(rows), np.zeros(4, np.float32)), resolve("GRPO"))
+    some = ours.update(minibatch(rows, ours.score(rows), np.ones(4, np.float32)), resolve("GRPO"))
+    assert set(some) - set(none) == {"grad_norm", "grad_underflow_share"} and none["step_skipped"] == 0
+
+
 @pytest.mark.parametrize("precision", [FP16, BF16])
 def test_16_bit_training_keeps_fp32_masters_that_move_below_the_spacing_of_the_format(model, precision):
     ours = trainer(model, precision, optimizer=OPTIMIZER | {"lr": 1e-7})

@@ -152,7 +152,7 @@ def test_what_is_collected_names_no_host_user_or_folder(tmp_path):
     (tmp_path / "deep").mkdir()
     found = environment.collect(tmp_path / "deep" / "runs-not-made-yet")
     text = json.dumps(found)
-    assert found["disk_free_gib"] > 0 and found["cpu"]["num_cores"] >= 1 and found["git"]["revision"] is None
+    assert found["disk_free_gib"] > 0 and found["cpu"]["num_cores"] >= 1
     for private in (str(tmp_path), os.path.expanduser("~") + "/", os.uname().nodename):
         assert private not in text
 

@@ -54,7 +54,7 @@ def test_the_first_passage_is_the_first_window_mean_at_the_level_and_censored_wi
     grade = block("reward_mean", "arm: fp16", "[1, 25]", "reducer: time_to_event, window: 4, level: 0.95")
     climbs = np.array([0.5] * 10 + [1.0] * 10)  # the window of steps 10..13 is the first whose mean is 1.0
     runs = lambda task: [run_of(task, "fp16", s, metrics=rows(v)) for s, v in enumerate((climbs, FLAT))]  # noqa: E731
-    assert per_seed(tmp_path, grade, runs) == [13.0, 39.0]
+    assert per_seed(tmp_path, grade, runs) == [14.0, 40.0]
     task = task_of(tmp_path, RL, claim("threshold", grade), seeds=(0, 1))
     row = only(grade_task(task, runs(task)))
     assert [one["censored"] for one in row["per_seed"]] == ["", "high"] and row["unit"] == "iterations"
@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_is_an_event_at_its_step(tmp_path):
     loss[17] = math.nan
     grade = event_grade("fp16", "stable").replace("fraction_of_seeds", "time_to_event")
     runs = lambda task: [run_of(task, "fp16", 0, metrics=rows(FLAT, loss=loss))]  # noqa: E731
-    assert per_seed(tmp_path, grade, runs, "event") == [17.0]
+    assert per_seed(tmp_path, grade, runs, "event") == [18.0]
 
 
 @pytest.mark.parametrize(("num_rows", "expected"), [(3, 0.0), (4, 1.0)])

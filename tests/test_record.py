@@ -115,10 +115,16 @@ def test_two_writers_of_one_cell_are_refused(tmp_path):
     begin(tmp_path)
 
 
-def test_a_resume_on_another_fingerprint_is_refused(tmp_path):
-    begin(tmp_path).close()
-    with pytest.raises(UserError, match="begun on 'cpu' and cannot be resumed on 'gpu'"):
-        begin(tmp_path, fingerprint="gpu")
+@pytest.mark.parametrize("end", ["close", "finish"])
+def test_another_fingerprint_begins_an_attempt_of_its_own(tmp_path, end):
+    first = begin(tmp_path)
+    first.finish("success") if end == "finish" else first.close()
+    other = begin(tmp_path, fingerprint="gpu")
+    assert other.folder != first.folder and other.parts_done == 0
+    other.finish("success")
+    mine, theirs = begin(tmp_path), begin(tmp_path, fingerprint="gpu")
+    assert mine.folder == first.folder and theirs.folder == other.folder
+    assert isinstance(theirs, Run) and isinstance(mine, Run) == (end == "finish")
 
 
 def test_numbers_that_are_not_finite_come_back_as_such_and_the_file_is_json(tmp_path):

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from suite.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from suite.data import load_prompts, token_ids  # noqa: E402
+from suite.errors import UserError  # noqa: E402
 from suite.models import load_tokenizer  # noqa: E402
 from suite.plan import Cell  # noqa: E402
 from suite.protocols import Session, rl  # noqa: E402
@@ -168,10 +169,65 @@ def test_a_half_written_checkpoint_is_passed_over_and_two_are_kept(tmp_path):
         save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-00004.pt", "step-00006.pt"]
     (tmp_path / "step-00006.sha256").unlink()
-    done, state, passed_over = load_checkpoint(tmp_path)
+    done, state, passed_over = load_checkpoint(tmp_path, 99)
     assert (done, state["step"].item()) == (4, 4) and "hash is missing" in passed_over[0]
     (tmp_path / "step-00004.pt").write_bytes(b"")
-    assert load_checkpoint(tmp_path)[:2] == (0, None)
+    assert load_checkpoint(tmp_path, 99)[:2] == (0, None)
+
+
+def test_a_checkpoint_that_is_ahead_of_the_record_is_passed_over(tmp_path):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
+    done, state, passed_over = load_checkpoint(tmp_path, 3)
+    assert (done, state["step"].item()) == (2, 2) and passed_over == ["step-00004.pt: the record has only 3 whole steps"]
+
+
+def test_no_problem_comes_twice_in_a_step_and_every_pass_has_another_order():
+    prompts = list(range(10))
+    steps = [rl._prompts_of_step(prompts, 4, step, seed=0) for step in range(6)]  # two steps a pass, two problems left out
+    assert all(len(set(step)) == 4 for step in steps)
+    passes = [steps[i] + steps[i + 1] for i in (0, 2, 4)]
+    assert all(len(set(one)) == 8 for one in passes) and passes[0] != passes[1]
+    with pytest.raises(UserError, match="prompts_per_step: found 11, allowed: at most the 10 problems"):
+        rl._prompts_of_step(prompts, 11, 0, seed=0)
+
+
+def test_log_probs_that_are_not_finite_end_the_run_as_diverged(tmp_path, monkeypatch):
+    from suite.trainers.dense import DenseTrainer
+
+    score = DenseTrainer.score
+
+    def broken(self, sequences):
+        found = score(self, sequences)
+        moments = next(iter(self.masters.optimizer.state.values()), {"step": 0})
+        return [one * np.nan for one in found] if moments["step"] >= 4 and len(found) == 16 else found
+
+    monkeypatch.setattr(DenseTrainer, "score", broken)
+    result = run(tmp_path)
+    assert result.status == "diverged" and len(result.metrics) == 2  # two steps of two updates each
+    assert result.record["diverged"] == {"step": 2, "reason": "log-probs that are not finite"}
+
+
+def test_a_gap_above_the_old_floor_is_proved_again_and_the_run_goes_on(straight, tmp_path, monkeypatch):
+    """Weights may move to where the engines agree less; that is no stale tensor."""
+    from suite.sync import Probe
+
+    proofs, answers, prove, holds = [], [], rl.prove_sync, Probe.holds
+
+    def holds_but_once(self, gap, floor):
+        answers.append(holds(self, gap, floor))
+        return answers[-1] and len(answers) != 4  # 1 and 2 are the challenge at the start, 3 and 4 the first two steps
+
+    monkeypatch.setattr(rl, "prove_sync", lambda *given: proofs.append(1) or prove(*given))
+    monkeypatch.setattr(Probe, "holds", holds_but_once)
+    result = run(tmp_path)
+    assert len(proofs) == 2, "once at the start, once where the gap was above the floor"
+    assert json.dumps(series(result)) == json.dumps(series(straight)), "a proof leaves the weights as they were"
+
+
+def test_skipped_steps_in_a_row_are_counted_over_a_resume():
+    rows = [{"step_skipped": 0}] + [{"step_skipped": 2}] * 10
+    assert rl._diverged(rows, 2) and not rl._diverged(rows[:-1], 2) and not rl._diverged(rows, 4)
 
 
 def test_all_responses_cut_short_get_no_reward_and_move_nothing(tmp_path):

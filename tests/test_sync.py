@@ -28,6 +28,12 @@ class WithoutRepair:
         return getattr(self._sampler, name)
 
 
+def nudge(named_masters) -> None:
+    """About what an update does to a weight."""
+    for _, master in named_masters:
+        master.mul_(1.001)
+
+
 @pytest.mark.parametrize(("kind", "dtype", "stale_without_repair"), [
     ("untied", "bf16", False), ("tied", "fp32", True), ("tied", "bf16", True), ("experts", "fp32", True), ("experts", "fp16", True),
 ])  # fmt: skip
@@ -42,6 +48,11 @@ def test_every_weight_arrives_and_a_stale_one_is_caught_at_the_first_sync(tmp_pa
         if stale_without_repair:
             with pytest.raises(SyncError, match="stale weights"):
                 prove_sync(trainer, WithoutRepair(sampler), dtype, probe)
+            sync_weights(trainer, sampler, dtype)
+            with trainer.moved_weights(nudge):  # a floor taken when the stale tensor lags by one update hides nothing
+                sync_weights(trainer, WithoutRepair(sampler), dtype)
+                with pytest.raises(SyncError, match="stale weights"):
+                    prove_sync(trainer, WithoutRepair(sampler), dtype, probe)
             sync_weights(trainer, sampler, dtype)  # the repaired path mends what the other left behind
             probe.check(probe.gap(sampler, trainer), floor, "after the repair")
         else:

@@ -22,7 +22,7 @@ BENCHES = {"scoring": scoring, "rl": rl_step}
 
 
 def run(names: list[str], *, vocabularies: list[int] | None = None, sizes: list[str] | None = None, out: Path) -> int:
-    """Measure, print and write <out>/<name>-<fingerprint>.json and .md; 1 if a target was missed, else 0.
+    """Measure, print and write <out>/<name>-<fingerprint>.json and .md; 1 if a target that is no mere aim was missed, else 0.
 
     Args:
         vocabularies: entries of the vocabularies that `scoring` takes; sizes: desk recipes that `rl` takes.
@@ -37,7 +37,7 @@ def run(names: list[str], *, vocabularies: list[int] | None = None, sizes: list[
         result = _heading(name, settings) | {"rows": rows, "targets": targets}
         print(terminal(result), flush=True)
         write(result, out)
-        met = met and all(target["met"] for target in targets)
+        met = met and all(target["met"] for target in targets if not target.get("is_aim"))
     return 0 if met else 1
 
 

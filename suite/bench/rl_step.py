@@ -30,13 +30,15 @@ CLIP_LOW, CLIP_HIGH, GRAD_CLIP = 0.2, 0.28, 1.0
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's rollouts and gradient steps; lengths in tokens. micro_batch_size: sequences per forward of both."""
+    """One step's rollouts and gradient steps; lengths in tokens. micro_batch_size: sequences per forward. Ours are
+    sorted by length, so small ones carry less padding; TRL pads all alike, and is fastest with a whole update at once."""
 
     prompts_per_step: int = 32
     samples_per_prompt: int = 8
     max_tokens: int = 72
     updates: int = 4
-    micro_batch_size: int = 64
+    trl_micro_batch_size: int = 64
+    micro_batch_size: int = 16
     num_terms: tuple[int, int] = (4, 10)  # digits of a desk problem: solutions of about 30 to 70 tokens
     num_prompts: int = 256
     sampler: str = "vllm"
@@ -99,7 +101,8 @@ def targets(rows: list[dict]) -> list[dict]:
         if row["beside"] == "TRL":
             speed = row["speed_ratio"]["median"]
             judged.append(target(f"speed, ours / TRL, {where}: not slower", speed, "at least", SLOWEST))
-            judged.append(target(f"speed, ours / TRL, {where}: aim", speed, "at least", WANTED_SPEED))
+            aim = target(f"speed, ours / TRL, {where}", speed, "at least", WANTED_SPEED)
+            judged.append(aim | {"is_aim": True})
         else:
             cost = row["score_and_train_ratio"]["median"]
             judged.append(target(f"score + train, fp16 / fp32, {row['size']}", cost, "at most", FP16_COST))
@@ -278,8 +281,8 @@ def trl_settings(job: dict) -> dict:
     per_update = batch.prompts_per_step * batch.samples_per_prompt // batch.updates
     return dict(
         bf16=job["precision"] == "bf16", model_init_kwargs={"dtype": "float32"},
-        per_device_train_batch_size=min(batch.micro_batch_size, per_update),
-        gradient_accumulation_steps=max(1, per_update // batch.micro_batch_size),
+        per_device_train_batch_size=min(batch.trl_micro_batch_size, per_update),
+        gradient_accumulation_steps=max(1, per_update // batch.trl_micro_batch_size),
         generation_batch_size=batch.prompts_per_step * batch.samples_per_prompt,
         num_generations=batch.samples_per_prompt, max_completion_length=batch.max_tokens,
         temperature=1.0, top_p=1.0, top_k=0, use_vllm=False,

@@ -33,7 +33,8 @@ def _tables(result: dict, style: str) -> list[str]:
 
 def _targets(result: dict) -> str:
     lines = [
-        f"- {'met   ' if one['met'] else 'MISSED'} {one['what']}: {one['found']:.3f}, wanted {one['wanted']}"
+        f"- {'met   ' if one['met'] else 'MISSED'} {one['what']}: {one['found']:.3f}, "
+        f"{'aim:' if one.get('is_aim') else 'wanted'} {one['wanted']}"
         for one in result["targets"]
     ]
     return "\n".join(["Targets, judged by the median:", "", *lines]) if lines else "No target applies to these rows."

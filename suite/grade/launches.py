@@ -109,7 +109,7 @@ def run_value(protocol: str, run, grade) -> tuple[float | None, int | None, str]
             return None, None, ""
         if grade.reducer == "time_to_event":
             when = time.horizon if time.censored else time.step
-            return float(max(when, 1)), None, "high" if time.censored else ""  # a time has to lie on the log scale
+            return float(when + 1), None, "high" if time.censored else ""  # iterations done: steps count from 0
         unseen = time.censored and ended_before(run, grade.until)
         return None if unseen else float(not time.censored), None, ""
     if ended_before(run, grade.until):

@@ -40,7 +40,7 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
         fresh: begin a new attempt for every cell, also where a finished one exists.
     Raises whatever ended a run: UserError and NotRunnable for the user, OSError for a full or read-only disk.
     """
-    machine = environment.collect()
+    machine = environment.collect(runs_dir)
     fingerprint = environment.fingerprint(machine)
     has_evidence = task.protocol != "dataset"
 

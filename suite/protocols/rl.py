@@ -26,6 +26,7 @@ from suite.algorithms import Algorithm, resolve
 from suite.batch import MiniBatch, Rollout, evidence_table, request_seed
 from suite.checkpoint import load_checkpoint, save_checkpoint
 from suite.data import Prompt, load_prompts
+from suite.errors import UserError
 from suite.evidence import summarise
 from suite.losses import advantages
 from suite.mismatch import concat_sums, estimates
@@ -58,8 +59,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     sampler, trainer = engines.sampler, engines.new_trainer(cell)
 
     # --- where an earlier attempt stopped
-    done, state, passed_over = load_checkpoint(writer.folder / "checkpoint")
-    done = min(done, writer.parts_done)
+    done, state, passed_over = load_checkpoint(writer.folder / "checkpoint", writer.parts_done)
     writer.rewind(done)
     if passed_over:
         session.progress(cell.name, done, num_steps, "; ".join(passed_over))
@@ -75,8 +75,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         sync_weights(trainer, sampler, wire)
 
     # --- the loop
-    skipped_in_a_row = 0
-    for step in range(done, num_steps):
+    diverged = _diverged(writer.metrics, schedule["minibatches"])
+    for step in range(done, done if diverged else num_steps):
         clock = Clock()
         batch = _prompts_of_step(prompts, schedule["prompts_per_step"], step, cell.seed)
         rollouts = sampler.sample(engines.requests(batch, cell.seed, step))
@@ -87,6 +87,11 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
         trainer_logprobs = trainer.score(sequences)
         clock.lap("t_score_s")
+        if step and not _finite(rollouts, trainer_logprobs):
+            session.progress(cell.name, step, num_steps, "log-probs are not finite: the run has diverged")
+            writer.update(diverged={"step": step, "reason": "log-probs that are not finite"})
+            diverged = True
+            break
         evidence = evidence_table(rollouts, trainer_logprobs, step, rewards)
         row = _mismatch(step, rollouts, evidence)
         clock.lap("t_rest_s")
@@ -99,7 +104,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
         sync_weights(trainer, sampler, wire)
         gap = probe.gap(sampler, trainer)
-        probe.check(gap, floor, f"after step {step}")
+        if math.isfinite(gap.k3) and not probe.holds(gap, floor):  # stale weights, or weights that have moved to where engines agree less
+            floor = prove_sync(trainer, sampler, wire, probe)
         clock.lap("t_sync_s")
 
         row |= _training(updates) | {"sync_probe_k3": gap.k3, "sync_probe_logprob_diff_mean": gap.logprob_diff_mean}
@@ -111,10 +117,21 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
             save_checkpoint(writer.folder / "checkpoint", step + 1, trainer.state_dict())
         session.progress(cell.name, step + 1, num_steps, f"reward {row['reward_mean']:.3f}, k3 {row['k3_nats_per_token']:.1e}")
 
-        skipped_in_a_row = skipped_in_a_row + 1 if row["step_skipped"] == len(updates) else 0
-        if skipped_in_a_row == DIVERGED_AFTER:
+        diverged = _diverged(writer.metrics, schedule["minibatches"])
+        if diverged:
             break
-    _finish(writer, diverged=skipped_in_a_row == DIVERGED_AFTER)
+    _finish(writer, diverged)
+
+
+def _diverged(metrics: list[dict], num_updates: int) -> bool:
+    """Whether no gradient of the last steps was finite."""
+    last = metrics[-DIVERGED_AFTER:]
+    return len(last) == DIVERGED_AFTER and all(row["step_skipped"] == num_updates for row in last)
+
+
+def _finite(rollouts: list[Rollout], trainer_logprobs: list[np.ndarray]) -> bool:
+    given = [*(rollout.rollout_logprobs for rollout in rollouts), *trainer_logprobs]
+    return all(np.isfinite(logprobs).all() for logprobs in given)
 
 
 class Clock:
@@ -130,13 +147,13 @@ class Clock:
 
 
 def _prompts_of_step(prompts: list[Prompt], num: int, step: int, seed: int) -> list[Prompt]:
-    """The next `num` problems: every pass over the set is a new permutation, and no problem comes twice in a pass."""
-    chosen = []
-    for position in range(step * num, (step + 1) * num):
-        epoch, place = divmod(position, len(prompts))
-        order = np.random.default_rng(request_seed(seed, "order", epoch)).permutation(len(prompts))
-        chosen.append(prompts[order[place]])
-    return chosen
+    """The next `num` problems: every pass over the set is a new permutation, whose end that fills no step is left out,
+    so that no problem comes twice in a step."""
+    if num > len(prompts):
+        raise UserError(f"schedule.prompts_per_step: found {num}, allowed: at most the {len(prompts)} problems of the set")
+    epoch, place = divmod(step, len(prompts) // num)
+    order = np.random.default_rng(request_seed(seed, "order", epoch)).permutation(len(prompts))
+    return [prompts[i] for i in order[place * num : (place + 1) * num]]
 
 
 def _mismatch(step: int, rollouts: list[Rollout], evidence) -> dict:

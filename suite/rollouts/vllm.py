@@ -36,8 +36,6 @@ class VllmSampler:
         cache_gib = rollout.get("kv_cache_gib") or (None if on_gpu else DEFAULT_CACHE_GIB)
         if cache_gib and not on_gpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cache_gib)))
-        if rollout.get("attention_backend"):
-            os.environ["VLLM_ATTENTION_BACKEND"] = rollout["attention_backend"]
         from vllm import LLM
 
         self._rollout, self._stop_token_ids = rollout, list(stop_token_ids)
@@ -109,8 +107,8 @@ class VllmSampler:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if repair and not torch.cuda.is_available():
             _repack(self._runner.model)
-        if self._rollout["prefix_caching"]:
-            self._llm.reset_prefix_cache()
+        if self._rollout["prefix_caching"] and not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its prefix cache: rollouts would go on from keys of the old weights")
 
     def executed(self) -> dict[str, str]:
         parameters = list(self._runner.model.parameters())
@@ -166,6 +164,7 @@ def _engine_arguments(rollout: dict, cache_gib: float | None, on_gpu: bool) -> d
         "max_model_len": rollout.get("max_model_len"),
         "max_num_seqs": rollout.get("max_num_seqs"),
         "max_num_batched_tokens": rollout.get("max_num_batched_tokens"),
+        "attention_backend": rollout.get("attention_backend"),
         "seed": rollout.get("seed") or 0,
         "disable_log_stats": True,
         "load_format": "auto",

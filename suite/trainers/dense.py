@@ -143,11 +143,14 @@ class DenseTrainer:
         """One gradient step on a mini-batch: forward and backward in micro-batches, then unscale, check, clip, step.
 
         Returns the metrics of the step, named as in metrics.jsonl. A loss or gradient that is not finite skips the step.
+        A mini-batch without any advantage has a gradient of exactly 0, which says nothing about norms or underflow: it
+        reports neither.
         """
         size = self._train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE
         order = sorted(range(len(batch.sequences)), key=lambda i: (len(batch.sequences[i][0]), i))
         statistics: LossStatistics | None = None
         total, underflow = 0.0, []
+        self._model.train(bool(self._train.get("gradient_checkpointing")))  # transformers recomputes in this mode alone
         with self._products(), self._watch:
             for start in range(0, len(order), size):
                 rows = batch.rows(order[start : start + size])
@@ -157,8 +160,11 @@ class DenseTrainer:
                 self.masters.collect()
                 total += output.loss.item()
                 statistics = output.statistics if statistics is None else statistics + output.statistics
+        self._model.eval()
         report = {"loss": total, "activation_max_abs": self._watch.largest, "grad_underflow_share": float(np.mean(underflow))}
-        return report | statistics.metrics() | self.masters.step(self.scaler, self._train.get("grad_clip"))
+        report |= statistics.metrics() | self.masters.step(self.scaler, self._train.get("grad_clip"))
+        silent = () if batch.advantages.any() else ("grad_norm", "grad_underflow_share")
+        return {name: value for name, value in report.items() if name not in silent}
 
     def _loss(self, rows: MiniBatch, algorithm: Algorithm, num_sequences: int, num_tokens: int):
         padded = pad_sequences(rows.sequences, len(rows.sequences))
