@@ -58,7 +58,7 @@ def test_sides_that_scored_different_things_are_not_compared():
 
 def test_scoring_targets_judge_speed_in_fp32_and_memory_at_a_large_vocabulary():
     rows = [scoring_row(), scoring_row("bf16", 64), scoring_row(vocabulary=64, plain=(1.8, 1.8), peaks=(3, 2)),
-            {"vocabulary": 151_936, "precision": "fp16", "not_run": "too little memory"}]  # fmt: skip
+            {"vocabulary": 151_936, "precision": "fp16", "sequences": 2, "not_run": "too little memory"}]  # fmt: skip
     judged = {one["what"]: (round(one["found"], 3), one["met"]) for one in scoring.targets(rows)}
     assert judged == {
         "speed, ours / plain, vocabulary 151936, fp32": (1.1, True),
@@ -229,7 +229,7 @@ def test_a_side_that_dies_says_why():
 @pytest.mark.parametrize("name", ["scoring", "rl"])
 def test_a_result_is_written_with_its_machine_and_command(name, tmp_path):
     if name == "scoring":
-        rows = [scoring_row(), {"vocabulary": 64, "precision": "fp16", "repetitions": 3, "not_run": "no room"}]
+        rows = [scoring_row(), {"vocabulary": 64, "precision": "fp16", "sequences": 3, "repetitions": 3, "not_run": "no room"}]
         settings, targets = {"vocabularies": [64, 151_936]}, scoring.targets(rows)
     else:
         rows = [rl_row("fp32", "TRL", rl_turns([2.0, 2.0]), trl_turns([2.4, 2.4]))]
