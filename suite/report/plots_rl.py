@@ -37,7 +37,8 @@ def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
     axes[0].set(ylabel="training reward", ylim=(0, 1.02))
     axes[1].set(ylabel="k3 (nats per token)", yscale="log")
     axes[2].set(ylabel="mean |π − μ|", yscale="log")
-    axes[3].set(ylabel="max and min of π − μ", xlabel="iteration", ylim=(-1.05, 1.05))
+    reach = min(1.05, 1.1 * max(abs(end) for end in axes[3].get_ylim()))  # a difference of probabilities ends at 1
+    axes[3].set(ylabel="max and min of π − μ", xlabel="iteration", ylim=(-reach, reach))
     axes[3].xaxis.get_major_locator().set_params(integer=True)
     axes[3].axhline(0, color="#999999", linewidth=0.8)
     if curve_csv is not None:
