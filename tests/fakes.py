@@ -133,11 +133,11 @@ def run_of(
 
 
 def series_run(task: Task, arm: str, seed: int, values, name: str = "reward_mean", **more) -> Run:
-    """An RL run with one series, a value per step from step 1; `more` may hold further series as arrays or fields of
+    """An RL run with one series, a value per step, from step 0 as the loop counts; `more` may hold further series as arrays or fields of
     run_of.
     """
     extra = {key: more.pop(key) for key in list(more) if isinstance(more[key], (list, np.ndarray))}
-    rows = [{"step": i + 1, name: float(v), **{k: float(s[i]) for k, s in extra.items()}} for i, v in enumerate(values)]
+    rows = [{"step": i, name: float(v), **{k: float(s[i]) for k, s in extra.items()}} for i, v in enumerate(values)]
     return run_of(task, arm, seed, metrics=rows, **more)
 
 
