@@ -28,6 +28,7 @@ CHALLENGE_SCALE = 0.1  # relative size of the random move of each weight in the 
 # with the weights, and engines that share kernels may start from almost none; a stale tensor in the challenge moves the
 # gap by orders of magnitude.
 TOLERATED_FACTOR, TOLERATED_ROUNDINGS, TOLERATED_NATS = 4.0, 4.0, 2e-6
+FLOOR_SHARE = 0.25  # a floor is at most this share of what the challenge does to the trainer's own log-probs
 ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # relative error of rounding to the format
 
 
@@ -83,10 +84,17 @@ def sync_weights(trainer, sampler: Sampler, wire: str) -> None:
 def prove_sync(trainer, sampler: Sampler, wire: str, probe: Probe) -> Gap:
     """Measure the floor, run the challenge, and leave both engines with the weights they came with; returns the floor.
 
-    Raises SyncError if a challenge weight did not arrive, or if the way back does not end at the floor again.
+    Raises SyncError if a challenge weight did not arrive, if the way back does not end at the floor again, or if the
+    floor is no floor: a sampler with other weights altogether is as far away before the challenge as after it.
     """
-    floor = probe.gap(sampler, trainer)
+    floor, before = probe.gap(sampler, trainer), np.concatenate(trainer.score(probe.sequences))
     with trainer.moved_weights(_mover(seed=0)):
+        effect = float(np.abs(np.concatenate(trainer.score(probe.sequences)) - before).mean())
+        if not floor.logprob_diff_mean <= FLOOR_SHARE * effect:
+            raise SyncError(
+                f"weight sync: sampler and trainer differ by {floor.logprob_diff_mean:.3g} nats per token on the probe, "
+                f"where moving every weight by a tenth changes {effect:.3g}: the sampler holds stale weights"
+            )
         sync_weights(trainer, sampler, wire)
         probe.check(probe.gap(sampler, trainer), floor, "after every weight was moved and synced")
     sync_weights(trainer, sampler, wire)

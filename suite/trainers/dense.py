@@ -143,8 +143,7 @@ class DenseTrainer:
         """One gradient step on a mini-batch: forward and backward in micro-batches, then unscale, check, clip, step.
 
         Returns the metrics of the step, named as in metrics.jsonl. A loss or gradient that is not finite skips the step.
-        A mini-batch without any advantage has a gradient of exactly 0, which says nothing about norms or underflow: it
-        reports neither.
+        A mini-batch without any advantage has a gradient of exactly 0, which says nothing about underflow: it reports none.
         """
         size = self._train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE
         order = sorted(range(len(batch.sequences)), key=lambda i: (len(batch.sequences[i][0]), i))
@@ -163,8 +162,9 @@ class DenseTrainer:
         self._model.eval()
         report = {"loss": total, "activation_max_abs": self._watch.largest, "grad_underflow_share": float(np.mean(underflow))}
         report |= statistics.metrics() | self.masters.step(self.scaler, self._train.get("grad_clip"))
-        silent = () if batch.advantages.any() else ("grad_norm", "grad_underflow_share")
-        return {name: value for name, value in report.items() if name not in silent}
+        if not batch.advantages.any():
+            del report["grad_underflow_share"]
+        return report
 
     def _loss(self, rows: MiniBatch, algorithm: Algorithm, num_sequences: int, num_tokens: int):
         padded = pad_sequences(rows.sequences, len(rows.sequences))
