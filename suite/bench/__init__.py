@@ -3,8 +3,8 @@
     scoring   tokens/s and peak memory of DenseTrainer.score against a plain transformers forward with full logits
     rl        seconds of one RL step of protocols/rl.py against TRL's GRPOTrainer with transformers generation
 
-Each side lives alone in a process of its own (worker.py): a warm-up, then a number of repetitions. Never two at once:
-the threads of an idle side still spin. What is judged is the median of the paired ratios. Nothing here is a claim of the paper, so nothing is graded: targets are met or missed.
+Figures come from processes of their own (worker.py): a warm-up, then a number of repetitions. Never two processes at once:
+the threads of an idle one still spin. What is judged is the median of the paired ratios. Nothing here is a claim of the paper, so nothing is graded: targets are met or missed.
 """
 
 from __future__ import annotations

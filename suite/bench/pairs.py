@@ -71,15 +71,14 @@ class Side:
             self._process.wait()
 
 
-def in_turn(ours: dict, theirs: dict, repetitions: int, order: str = "ABBA") -> tuple[list[dict], list[dict]]:
-    """Figures of each repetition, side by side (A is ours). One process lives at a time: the worker threads of an idle
-    one spin on the cores of the other for a while. The mirrored order spares both the same share of a slow drift."""
-    jobs = {"A": ours, "B": theirs}
-    measured: dict[str, list[dict]] = {"A": [], "B": []}
-    for name in order:
-        with Side(jobs[name]) as side:
-            measured[name] += [side.turn() for _ in range(repetitions)]
-    return measured["A"], measured["B"]
+def in_turn(ours: dict, theirs: dict, repetitions: int) -> tuple[list[dict], list[dict]]:
+    """Figures of each repetition of ours, then of theirs. One process lives at a time: the worker threads of an idle one
+    spin on the cores of the other for a while."""
+    measured = []
+    for job in (ours, theirs):
+        with Side(job) as side:
+            measured.append([side.turn() for _ in range(repetitions)])
+    return measured[0], measured[1]
 
 
 def column(turns: list[dict], key: str) -> list[float]:

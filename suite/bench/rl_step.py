@@ -20,7 +20,6 @@ from suite.errors import NotRunnable, UserError
 
 SIZES = ("1m", "5m")
 REPETITIONS = 5
-ORDER = "AB"  # one launch a side: loading an engine takes longer than the repetitions
 PHASES = ("sample", "score", "train", "sync")  # what is left of a step's wall time is "rest"
 SLOWEST, WANTED_SPEED, REST_SHARE, FP16_COST = 1.0, 1.5, 0.10, 1.5
 DATA_SEED = 0
@@ -71,7 +70,7 @@ def measure(sizes: list[str] | None = None, *, say=print, batch: Batch = Batch()
                 ours = job | {"side": "rl-ours", "precision": precision}
                 row = {"size": size, "precision": precision, "beside": "ours, fp32" if other == "rl-ours" else "TRL",
                        "repetitions": repetitions}  # fmt: skip
-                rows.append(row | compare(*in_turn(ours, theirs, repetitions, ORDER)))
+                rows.append(row | compare(*in_turn(ours, theirs, repetitions)))
                 speed = rows[-1]["speed_ratio"]["median"]
                 say(f"rl, {size}, {precision}: {speed:.2f} times as fast as {row['beside']}")
     settings = asdict(batch) | {"sizes": sizes, "weights": weights, "optimizer": OPTIMIZER, "grad_clip": GRAD_CLIP,

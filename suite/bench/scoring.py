@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from suite import environment
-from suite.bench.pairs import column, in_turn, paired_ratios, spread, target, with_range
+from suite.bench.pairs import Side, column, in_turn, paired_ratios, spread, target, with_range
 from suite.errors import NotRunnable, UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 VOCABULARIES = (64, 8192, 151_936)  # a desk model's, a middling one, Qwen2's own
-REPETITIONS = 3  # of each launch; a side has two
-SLOW_SEQUENCES = 2  # of native 16-bit heads of a large vocabulary on a CPU: a pass of fp16 can take minutes there
-MIN_TURN_SECONDS = 1.0  # a repetition goes on for at least this long; its figure is the time per pass
+REPETITIONS = 7
+LARGE_SEQUENCES = 8  # at a large vocabulary, where the plain logits of a sequence take 0.4 GiB
+SLOW_SEQUENCES = 2  # of native 16-bit heads there on a CPU: a pass of fp16 can take minutes
+MIN_TURN_SECONDS = 0.5  # a repetition of a side goes on for at least this long; its figure is the time per pass
 LARGE_VOCABULARY = 100_000  # from here on the memory target holds
 SPEED_TARGET, MEMORY_TARGET = 0.95, 0.25
 MEAN_LOGPROB_TOLERANCE_NATS = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-3}  # both sides must have scored the same thing
@@ -65,8 +66,11 @@ def measure(vocabularies: list[int] | None = None, *, say=print, shape: Shape = 
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), vocabulary, shape)
             for precision in precisions:
-                slow = precision != "fp32" and not on_gpu and vocabulary >= LARGE_VOCABULARY
-                batch = replace(shape, num_sequences=min(SLOW_SEQUENCES, shape.num_sequences)) if slow else shape
+                batch = shape
+                if vocabulary >= LARGE_VOCABULARY:
+                    slow = precision != "fp32" and not on_gpu
+                    most = SLOW_SEQUENCES if slow else LARGE_SEQUENCES
+                    batch = replace(shape, num_sequences=min(most, shape.num_sequences))
                 job = {"model": folder, "vocabulary": vocabulary, "precision": precision,
                        "shape": asdict(batch), "min_turn_seconds": min_turn_seconds}  # fmt: skip
                 rows.append(_row(job, batch, repetitions))
@@ -80,16 +84,20 @@ def _row(job: dict, shape: Shape, repetitions: int) -> dict:
     if available and shape.plain_gib(job["vocabulary"]) > MEMORY_TO_USE * available:
         needed = shape.plain_gib(job["vocabulary"])
         return head | {"not_run": f"the plain logits need {needed:.1f} GiB, this machine has {available:g}"}
-    ours, plain = in_turn(job | {"side": "scoring-ours"}, job | {"side": "scoring-plain"}, repetitions)
-    return head | {"repetitions": len(ours)} | compare(ours, plain, shape.num_scored, job["precision"])
+    # memory alone in a process each; speed in one process, in turns: two processes differ by a fifth for reasons of their own
+    alone = in_turn(job | {"side": "scoring-ours"}, job | {"side": "scoring-plain"}, 1)
+    with Side(job | {"side": "scoring-both"}) as both:
+        turns = [both.turn() for _ in range(repetitions)]
+    return head | {"repetitions": repetitions} | compare(*alone, turns, shape.num_scored, job["precision"])
 
 
-def compare(ours: list[dict], plain: list[dict], num_scored: int, precision: str) -> dict:
-    """The figures of a row, from those of the repetitions. Raises ValueError if the sides scored different things."""
+def compare(ours: list[dict], plain: list[dict], turns: list[dict], num_scored: int, precision: str) -> dict:
+    """The figures of a row: memory of either side alone, and the seconds of each repetition of both. Raises ValueError if
+    the sides scored different things."""
     apart = abs(ours[0]["mean_logprob"] - plain[0]["mean_logprob"])
     if not apart <= MEAN_LOGPROB_TOLERANCE_NATS[precision]:
         raise ValueError(f"{precision}: the two sides' mean log-probs differ by {apart:.3g} nats")
-    seconds = {"ours": column(ours, "seconds"), "plain": column(plain, "seconds")}
+    seconds = {side: column(turns, side) for side in ("ours", "plain")}
     peak = {"ours": max(column(ours, "peak_bytes")), "plain": max(column(plain, "peak_bytes"))}
     return {
         "seconds": seconds,
@@ -147,8 +155,8 @@ def _in_words(row: dict) -> str:
 
 CAPTION = (
     "Ours is DenseTrainer.score; plain is a transformers forward with full logits, log_softmax and gather. Same random "
-    "weights, same tokens. Each side alone in a process of its own, launched twice in mirrored order. Median (range) over "
-    "the repetitions after a warm-up; ratios are paired. Plain 16-bit rows are torch's native kernels, which can be very "
+    "weights, same tokens. Speed: both in one process, taking turns; median (range) over the repetitions after a warm-up; "
+    "ratios are paired. Memory: each alone in a process of its own. Plain 16-bit rows are torch's native kernels, which can be very "
     "slow on a CPU: at a large vocabulary those rows have few sequences."
 )
 
@@ -181,23 +189,25 @@ def _tokens(job: dict):
     return torch.randint(job["vocabulary"], size, generator=torch.Generator().manual_seed(1))
 
 
-def _ours(turns) -> None:
+def _scorer_of_ours(job: dict):
+    """A function that scores all tokens and returns the sum of their log-probs."""
     from suite.trainers.dense import DenseTrainer
 
-    job, num_prompt = turns.job, turns.job["shape"]["prompt_tokens"]
+    num_prompt = job["shape"]["prompt_tokens"]
     train = {"score_batch_size": job["shape"]["num_sequences"], "attention": "sdpa"}
     trainer = DenseTrainer(Path(job["model"]), train, {"rollout": job["precision"], "train": job["precision"]}, 1.0)
     sequences = [(row, num_prompt) for row in _tokens(job).tolist()]
-    _serve(turns, lambda: float(sum(s.sum(dtype="f8") for s in trainer.score(sequences))))
+    return lambda: float(sum(s.sum(dtype="f8") for s in trainer.score(sequences)))
 
 
-def _plain(turns) -> None:
+def _plain_scorer(job: dict):
+    """The same with a plain forward."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from suite.precision import torch_dtype
 
-    job, num_prompt = turns.job, turns.job["shape"]["prompt_tokens"]
+    num_prompt = job["shape"]["prompt_tokens"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], dtype=torch_dtype(job["precision"]), attn_implementation="sdpa"
@@ -211,21 +221,43 @@ def _plain(turns) -> None:
         chosen = logprobs.gather(-1, token_ids[:, 1:, None])[..., 0]  # (B, T-1)
         return chosen[:, num_prompt - 1 :].sum(dtype=torch.float64).item()
 
-    _serve(turns, score)
+    return score
 
 
-def _serve(turns, score) -> None:
-    """Score again and again; `score` returns the sum of the log-probs, which cannot be known before they are."""
+SCORERS = {"ours": _scorer_of_ours, "plain": _plain_scorer}
+
+
+def _alone(turns, side: str) -> None:
+    """Peak memory of one side, and what it scored."""
     from suite.bench.worker import PeakMemory
 
-    memory, num_scored = PeakMemory(), Shape(**turns.job["shape"]).num_scored
+    score, memory = SCORERS[side](turns.job), PeakMemory()
     memory.reset()
     while True:
-        passes, started = 0, time.perf_counter()
-        while passes == 0 or time.perf_counter() - started < turns.job["min_turn_seconds"]:
-            total, passes = score(), passes + 1
-        seconds = (time.perf_counter() - started) / passes
-        turns.answer(seconds=seconds, mean_logprob=total / num_scored, peak_bytes=memory.growth())
+        mean = score() / Shape(**turns.job["shape"]).num_scored
+        turns.answer(mean_logprob=mean, peak_bytes=memory.growth())
 
 
-SIDES = {"scoring-ours": _ours, "scoring-plain": _plain}
+def _both(turns) -> None:
+    """Seconds per pass of both sides in one process; the one that goes first changes every time."""
+    scorers = {side: make(turns.job) for side, make in SCORERS.items()}
+    order = list(scorers)
+    while True:
+        turns.answer(**{side: _seconds_per_pass(scorers[side], turns.job["min_turn_seconds"]) for side in order})
+        order.reverse()
+
+
+def _seconds_per_pass(score, at_least: float) -> float:
+    """`score` returns a sum of log-probs, which cannot be known before they are."""
+    passes, started = 0, time.perf_counter()
+    while passes == 0 or time.perf_counter() - started < at_least:
+        score()
+        passes += 1
+    return (time.perf_counter() - started) / passes
+
+
+SIDES = {
+    "scoring-ours": lambda turns: _alone(turns, "ours"),
+    "scoring-plain": lambda turns: _alone(turns, "plain"),
+    "scoring-both": _both,
+}
