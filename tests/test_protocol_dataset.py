@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +12,7 @@ from suite.data import INSTRUCTION
 from suite.errors import DataError, NotRunnable
 from suite.estimands import ESTIMANDS as MISMATCH_ESTIMANDS
 from suite.plan import plan
+from suite.protocols import Session
 from suite.protocols.dataset import DATASET_ESTIMANDS, find_tokenizer, measure_dataset, run
 from suite.record import open_run, read_run
 from suite.task import find_repo, load_task
@@ -70,7 +70,7 @@ def session_of(cell, runs_dir, limit=None, seen=None):
     def progress(name, done, total, note=""):
         (seen if seen is not None else []).append((done, note))
 
-    return SimpleNamespace(task=task, limit=limit, progress=progress, open_cell=open_cell)
+    return Session(task, limit, progress, open_cell)
 
 
 def test_counts_of_a_small_file(data):

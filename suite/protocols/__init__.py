@@ -30,6 +30,20 @@ class Session:
     progress: Callable[..., None]
     open_cell: Callable[[Cell], RunWriter | Run]  # a finished Run if the cell is complete, else its writer
 
+    def run_cell(self, cell: Cell, stage: str, body: Callable[[RunWriter], None]) -> None:
+        """Open the record of a cell, unless it is complete, and let `body` finish it. Whatever `body` raises is written
+        into the record, under `stage`, and goes on up."""
+        writer = self.open_cell(cell)
+        if isinstance(writer, Run):
+            self.progress(cell.name, 1, 1, "complete already")
+            return
+        try:
+            body(writer)
+        except BaseException as error:
+            if writer.is_open:
+                writer.fail(stage, error)
+            raise
+
 
 def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None = None, fresh: bool = False,
              progress: Callable[..., None] = lambda *a, **k: None) -> None:

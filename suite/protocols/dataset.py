@@ -13,7 +13,6 @@ from typing import Any
 
 from suite.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
 from suite.estimands import Estimand
-from suite.record import Run
 from suite.workers import Workers, boxed
 
 PROMPT_LIMIT_TOKENS = 1024  # the prompt limit of the sanity test, in VeRL and in OAT
@@ -58,18 +57,13 @@ def run(cells: list, session) -> None:
     for data in (cell.settings["data"] for cell in cells):
         locate_checked(data)
     for cell in cells:
-        writer = session.open_cell(cell)
-        if isinstance(writer, Run):
-            session.progress(cell.name, 1, 1, "complete already")
-            continue
-        try:
-            run_cell(cell, writer, session.progress, session.limit)
-            counts = {"num_prompts": writer.metrics[0]["num_unique"], "num_rollouts": 0, "num_response_tokens": 0}
-            writer.finish("success", counts=counts, series_summary=dict(writer.metrics[0]))
-        except BaseException as error:
-            if writer.is_open:
-                writer.fail("dataset", error)
-            raise
+        session.run_cell(cell, "dataset", lambda writer, cell=cell: _fill(cell, writer, session))
+
+
+def _fill(cell, writer, session) -> None:
+    run_cell(cell, writer, session.progress, session.limit)
+    counts = {"num_prompts": writer.metrics[0]["num_unique"], "num_rollouts": 0, "num_response_tokens": 0}
+    writer.finish("success", counts=counts, series_summary=dict(writer.metrics[0]))
 
 
 def run_cell(cell, writer, progress: Callable[..., None], limit: int | None = None) -> None:

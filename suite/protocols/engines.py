@@ -11,7 +11,6 @@ from suite.data import Prompt, token_ids
 from suite.models import load_tokenizer, model_folder, stop_token_ids
 from suite.plan import Cell
 from suite.protocols import Session
-from suite.record import Run
 from suite.rewards import FORMAT_OF_TEMPLATE, RewardPool
 from suite.rollouts import load_sampler
 from suite.trainers import load_trainer
@@ -91,21 +90,12 @@ class Engines:
 
 def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Callable[..., None]) -> None:
     """Every cell that has no finished record, in groups that share a sampler. `run_cell(cell, writer, engines, session)`
-    ends with the record finished; whatever it raises is written into the record, under `stage`, and goes on up."""
+    ends with the record finished (Session.run_cell says what becomes of an error)."""
     for group in group_cells(cells, SAMPLER_SETTINGS):
         engines = Engines(group[0])
         try:
             for cell in group:
-                writer = session.open_cell(cell)
-                if isinstance(writer, Run):
-                    session.progress(cell.name, 1, 1, "complete already")
-                    continue
-                try:
-                    run_cell(cell, writer, engines, session)
-                except BaseException as error:
-                    if writer.is_open:
-                        writer.fail(stage, error)
-                    raise
+                session.run_cell(cell, stage, lambda writer, cell=cell: run_cell(cell, writer, engines, session))
         finally:
             engines.close()
 
