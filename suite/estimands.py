@@ -66,8 +66,6 @@ _ROWS = (
              ("NeMo-RL is_oob_ratio", "verl rollout_is_oob_ratio", "SkyRL mask ratio (each with its own band)")),
     Estimand("k3_top_token_share", "max(k3 of one token) / sum(k3)", SHARE, UNIT, "logit"),
     Estimand("k3_top_0p1pct_share", "sum of the largest 0.1 % of token k3 / sum(k3)", SHARE, UNIT, "logit"),
-    Estimand("full_vocabulary_kl_nats_per_token", "mean over positions of sum_v mu_v (log mu_v - log pi_v)",
-             NATS, NON_NEGATIVE, "log"),
     # sequence level
     Estimand("seq_kl_k1_nats", "mean over sequences of sum_t -r_t", NATS_SEQ, ANY, "identity",
              ("paper figure 5 KL[mu|pi]",)),
@@ -137,3 +135,36 @@ FILTER_ESTIMANDS: dict[str, Estimand] = {
         ESTIMANDS["reward_mean"], ESTIMANDS["truncated_share"], ESTIMANDS["response_tokens_mean"],
     )
 }  # fmt: skip
+
+PROMPT_LIMIT_TOKENS = 1024  # the prompt limit of the sanity test, in VeRL and in OAT
+
+# What a run of protocol `dataset` counts (protocols/dataset.py).
+DATASET_ESTIMANDS: dict[str, Estimand] = {
+    name: Estimand(name, text, unit, NON_NEGATIVE, "identity")
+    for name, text, unit in (
+        ("num_files_pinned", "files whose sha256 is the one the task names", "files"),
+        ("num_rows", "rows of all files", "rows"),
+        ("num_unique", "distinct (problem, gold answers)", "problems"),
+        ("num_unique_problems", "distinct problem texts", "problems"),
+        ("copies_min", "fewest rows of one problem", "copies"),
+        ("copies_max", "most rows of one problem", "copies"),
+        ("num_blocks", "runs of equal consecutive rows; num_unique if copies stand together", "blocks"),
+        ("num_parse_bare", "problems whose gold answer math-verify parses as it stands", "problems"),
+        ("num_parse_boxed", "problems whose gold answer math-verify parses inside \\boxed{}", "problems"),
+        ("num_parse_expression", "as num_parse_boxed, to a mathematical object and not just to text", "problems"),
+        ("num_self_verified", "problems whose gold answer math-verify finds equal to itself", "problems"),
+        ("gold_chars_max", "longest gold answer", "characters"),
+        ("prompt_chars_mean", "mean length of problem and instruction", "characters"),
+        ("prompt_chars_max", "longest problem and instruction", "characters"),
+        ("prompt_tokens_mean", "mean length of the prompt in the R1 template", "tokens"),
+        ("prompt_tokens_max", "longest prompt in the R1 template", "tokens"),
+        ("num_prompts_over_limit", f"R1-template prompts of over {PROMPT_LIMIT_TOKENS} tokens", "problems"),
+    )
+}
+
+EVERY_ESTIMAND: dict[str, Estimand] = ESTIMANDS | FILTER_ESTIMANDS | DATASET_ESTIMANDS
+
+
+def estimands_of(protocol: str) -> dict[str, Estimand]:
+    """What a task of this protocol can name."""
+    return {"dataset": DATASET_ESTIMANDS, "filter": FILTER_ESTIMANDS}.get(protocol, ESTIMANDS)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from suite.errors import TaskError
+from suite.estimands import estimands_of
 from suite.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
 from suite.settings import SECTIONS
 from suite.strict_yaml import TaskErrors, read_yaml
@@ -60,13 +61,7 @@ def require_valid(task: Task) -> Task:
 
 def allowed_estimands(task: Task) -> dict[str, tuple[float, float]]:
     """Estimand names that this task's protocol can give, each with the range its level can take."""
-    if task.protocol == "dataset":
-        from suite.protocols.dataset import ESTIMANDS
-    elif task.protocol == "filter":
-        from suite.estimands import FILTER_ESTIMANDS as ESTIMANDS
-    else:
-        from suite.estimands import ESTIMANDS
-    return {name: (float(estimand.range[0]), float(estimand.range[1])) for name, estimand in ESTIMANDS.items()}
+    return {name: estimand.range for name, estimand in estimands_of(task.protocol).items()}
 
 
 def contrast_range(level: tuple[float, float], contrast: Contrast, reducer: str = "mean") -> tuple[float, float]:
@@ -125,17 +120,11 @@ def _name_errors(task: Task) -> list[TaskError]:
     for path in task.vary:
         if path.split(".")[0] not in SECTIONS:
             errors.append(TaskError(task.file, "vary", path, f"dotted paths that begin with {', '.join(SECTIONS)}"))
-    known = set(_metric_names())
-    for name in task.metrics if task.protocol != "dataset" else ():
+    known = estimands_of(task.protocol)
+    for name in task.metrics:
         if name not in known:
             errors.append(TaskError(task.file, "metrics", name, ", ".join(sorted(known))))
     return errors
-
-
-def _metric_names() -> tuple[str, ...]:
-    from suite.estimands import ESTIMANDS, FILTER_ESTIMANDS
-
-    return tuple(ESTIMANDS | FILTER_ESTIMANDS)
 
 
 def _arm_precision_errors(task: Task) -> list[TaskError]:

@@ -28,6 +28,8 @@ from suite.grade import (
     verdict_line,
     write_verdict,
 )
+from suite.grade.judge import ends_text, region_text
+from suite.grade.launches import unit_of
 
 RATIO = block("k3_nats_per_token", "ratio: [bf16, fp16]", "[16, 128]", "min_seeds: 3")
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8, "control-aa": 2.0**-5}
@@ -320,6 +322,18 @@ def test_reported_claims_have_no_verdict_and_are_not_counted(tmp_path):
     assert summarise_headline([verdict, grade_task(task, [])]).startswith(
         "1 PASS, 0 FAIL, 0 INCONCLUSIVE, 1 NOT_RUN of 2 claims"
     )
+
+
+def test_units_of_runs_that_count():
+    assert unit_of("overlap_share", "arm", "mean") == "share"
+    assert unit_of("num_rows", "arm", "mean") == "rows"
+    assert unit_of("k3_nats_per_token", "ratio", "mean") == "ratio"
+
+
+def test_counts_stand_in_full_in_a_reason():
+    assert ends_text((11680.0, 11680.0)) == "[11680, 11680]"
+    assert ends_text((0.0123456, math.inf)) == "[0.01235, inf]"
+    assert region_text([None, 11680]) == "[-inf, 11680]"
 
 
 def test_exit_codes():

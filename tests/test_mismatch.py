@@ -322,6 +322,11 @@ def test_every_estimate_has_a_row_in_the_table():
     assert all(row.scale != "logit" or row.range == (0, 1) for row in mm.ESTIMANDS.values())
 
 
+def test_a_quantity_has_one_name():
+    formulas = [row.formula for row in mm.ESTIMANDS.values()]
+    assert len(set(formulas)) == len(formulas)
+
+
 def test_the_series_of_an_rl_run_are_known():
     series = (
         "reward_mean grad_norm loss_scale step_skipped clip_fraction importance_weight_mean importance_weight_max "

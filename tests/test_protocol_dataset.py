@@ -10,10 +10,11 @@ import pytest
 
 from suite.data import INSTRUCTION
 from suite.errors import DataError, NotRunnable
+from suite.estimands import DATASET_ESTIMANDS
 from suite.estimands import ESTIMANDS as MISMATCH_ESTIMANDS
 from suite.plan import plan
 from suite.protocols import Session
-from suite.protocols.dataset import DATASET_ESTIMANDS, find_tokenizer, measure_dataset, run
+from suite.protocols.dataset import find_tokenizer, measure_dataset, run
 from suite.record import open_run, read_run
 from suite.task import find_repo, load_task
 from suite.validate import check

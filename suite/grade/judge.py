@@ -298,12 +298,17 @@ def pair(ends) -> list | None:
 
 
 def ends_text(ends) -> str:
-    return f"[{ends[0]:.4g}, {ends[1]:.4g}]"
+    return f"[{_short(ends[0])}, {_short(ends[1])}]"
 
 
 def region_text(region: Region) -> str:
     low, high = (
-        ("-inf" if region[0] is None else f"{region[0]:.4g}"),
-        ("inf" if region[1] is None else f"{region[1]:.4g}"),
+        ("-inf" if region[0] is None else _short(region[0])),
+        ("inf" if region[1] is None else _short(region[1])),
     )
     return f"[{low}, {high}]"
+
+
+def _short(value: float) -> str:
+    """Four significant digits; a count in full."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e6 else f"{value:.4g}"

@@ -19,7 +19,7 @@ import numpy as np
 
 from suite import stats
 from suite.errors import TaskError
-from suite.estimands import ESTIMANDS
+from suite.estimands import EVERY_ESTIMAND
 from suite.mismatch import concat_sums, estimates
 
 FINISHED = ("success", "diverged")
@@ -46,8 +46,8 @@ class Launch:
 
 
 def scale_of(estimand: str) -> str:
-    """The scale of a level; counts of a data set are not in the table and stay as they are."""
-    return ESTIMANDS[estimand].scale if estimand in ESTIMANDS else "identity"
+    """The scale of a level."""
+    return EVERY_ESTIMAND[estimand].scale
 
 
 def unit_of(estimand: str, form: str, reducer: str) -> str:
@@ -55,7 +55,7 @@ def unit_of(estimand: str, form: str, reducer: str) -> str:
         return "ratio"
     if reducer in ("time_to_event", "fraction_of_seeds", "log_ratio"):
         return {"time_to_event": "iterations", "fraction_of_seeds": "share of seeds", "log_ratio": "log-ratio"}[reducer]
-    return ESTIMANDS[estimand].unit if estimand in ESTIMANDS else "count"
+    return EVERY_ESTIMAND[estimand].unit
 
 
 def same_point(run, at: dict) -> bool:

@@ -12,41 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from suite.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
-from suite.estimands import Estimand
+from suite.estimands import PROMPT_LIMIT_TOKENS
 from suite.workers import Workers, boxed
-
-PROMPT_LIMIT_TOKENS = 1024  # the prompt limit of the sanity test, in VeRL and in OAT
-INF = float("inf")
-
-
-def _count(name: str, formula: str, unit: str) -> Estimand:
-    return Estimand(name, formula, unit, (0.0, INF), "identity")
-
-
-DATASET_ESTIMANDS: dict[str, Estimand] = {
-    row.name: row
-    for row in (
-        _count("num_files_pinned", "files whose sha256 is the one the task names", "files"),
-        _count("num_rows", "rows of all files", "rows"),
-        _count("num_unique", "distinct (problem, gold answers)", "problems"),
-        _count("num_unique_problems", "distinct problem texts", "problems"),
-        _count("copies_min", "fewest rows of one problem", "copies"),
-        _count("copies_max", "most rows of one problem", "copies"),
-        _count("num_blocks", "runs of equal consecutive rows; num_unique if copies stand together", "blocks"),
-        _count("num_parse_bare", "problems whose gold answer math-verify parses as it stands", "problems"),
-        _count("num_parse_boxed", "problems whose gold answer math-verify parses inside \\boxed{}", "problems"),
-        _count("num_parse_expression", "as num_parse_boxed, to a mathematical object and not just to text", "problems"),
-        _count("num_self_verified", "problems whose gold answer math-verify finds equal to itself", "problems"),
-        _count("gold_chars_max", "longest gold answer", "characters"),
-        _count("prompt_chars_mean", "mean length of problem and instruction", "characters"),
-        _count("prompt_chars_max", "longest problem and instruction", "characters"),
-        _count("prompt_tokens_mean", "mean length of the prompt in the R1 template", "tokens"),
-        _count("prompt_tokens_max", "longest prompt in the R1 template", "tokens"),
-        _count("num_prompts_over_limit", f"R1-template prompts of over {PROMPT_LIMIT_TOKENS} tokens", "problems"),
-    )
-}
-ESTIMANDS = DATASET_ESTIMANDS
-
 
 def run(cells: list, session) -> None:
     """Measure the data set of every cell that has no finished run.

@@ -10,6 +10,7 @@ Each returns the exit code of its verb and prints what it did. They import what 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from suite.errors import EXIT_NOTHING
@@ -42,7 +43,7 @@ def report(results_dir: Path, check: bool = False) -> int:
     files = generated_files(Path(results_dir), load_all())
     changes = changed_files(Path(results_dir), files)
     for name, what in sorted(changes.items()):
-        print(f"{'would change' if check else 'wrote'} {Path(results_dir) / name} ({what})")
+        print(f"{'would change' if check else 'wrote'} {os.path.normpath(Path(results_dir) / name)} ({what})")
     if check:
         print(f"{len(files)} generated files, {len(changes)} would change")
         return EXIT_DIFFERENT if changes else 0
