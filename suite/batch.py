@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from suite.record import EVIDENCE_SCHEMA
 
-PAD_TO_TOKENS = 16  # lengths are rounded up to this, so that few distinct shapes occur and each is recorded
+PAD_TO_TOKENS = 16  # lengths are rounded up to this, so that few distinct shapes occur
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def request_seed(*parts) -> int:
 
 
 def evidence_table(rollouts: list[Rollout], trainer_logprobs: list[np.ndarray], step: int,
-                   rewards: list[float] | None = None) -> pa.Table:
+                   rewards: list[float] | None = None, trainer_entropies: list[np.ndarray] | None = None) -> pa.Table:
     """Rollouts as evidence rows (record.EVIDENCE_SCHEMA), one per rollout, in the given order."""
     columns = {
         "prompt_id": [r.request.prompt_id for r in rollouts],
@@ -72,6 +72,7 @@ def evidence_table(rollouts: list[Rollout], trainer_logprobs: list[np.ndarray], 
         "trainer_logprobs": trainer_logprobs,
         "finish_reason": [r.finish_reason for r in rollouts],
         "reward": rewards if rewards is not None else [float("nan")] * len(rollouts),
+        "trainer_entropies": trainer_entropies if trainer_entropies is not None else [None] * len(rollouts),
     }
     return pa.table(columns, schema=EVIDENCE_SCHEMA)
 

@@ -57,9 +57,11 @@ def collect(runs_dir: str | Path = ".") -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Revision and dirty bit of the checkout around `folder`; both None where there is no git or no checkout."""
+    """Revision of the checkout around `folder`, and whether anything that a run reads differs from it (`folder` itself,
+    tasks, baselines, requirements); both None where there is no git or no checkout."""
     revision = _output(["git", "-C", str(_existing(folder)), "rev-parse", "HEAD"])
-    status = _output(["git", "-C", str(_existing(folder)), "status", "--porcelain", "--untracked-files=no"])
+    read_by_runs = [str(folder), *(f":(top){name}" for name in ("tasks", "baselines", "requirements", "pyproject.toml"))]
+    status = _output(["git", "-C", str(_existing(folder)), "status", "--porcelain", "--untracked-files=no", "--", *read_by_runs])
     return {"revision": revision or None, "dirty": None if not revision or status is None else bool(status)}
 
 

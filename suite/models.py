@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 from suite.errors import DataError, NotRunnable
@@ -38,10 +40,23 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
 def _check_hash(folder: Path, expected: str | None) -> None:
     if expected in (None, "unknown"):
         return
-    weights = sorted(folder.glob("*.safetensors"))
-    found = sha256_file(weights[0]) if weights else "no *.safetensors file"
+    found = weights_sha256(folder) or "no *.safetensors file"
     if found != expected:
         raise DataError(f"{folder.name}: sha256 of the weights: found {found}, allowed: {expected}")
+
+
+@lru_cache
+def weights_sha256(folder: Path) -> str | None:
+    """Of the weight file; of several, the hash of what `sha256sum *.safetensors` prints. None without such a file."""
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) <= 1:
+        return sha256_file(files[0]) if files else None
+    return hashlib.sha256("".join(f"{sha256_file(file)}  {file.name}\n" for file in files).encode()).hexdigest()
+
+
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a snapshot in the hub's cache, whose folder it names; None of any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def stop_token_ids(folder: Path) -> list[int]:

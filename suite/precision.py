@@ -64,16 +64,32 @@ CONTRACT = {
     "trainer_head": "trainer_head",
     "wire": "wire",
 }
+ALWAYS_FP32 = ("master_weights", "gradient_reduction", "optimizer_state")
+
+# what a run of a protocol must say; other protocols run no engine
+MUST_SAY = {
+    "offline_mismatch": ("rollout_weights", "kv_cache", "rollout_logits", "compute", "trainer_head"),
+    "offline_accuracy": ("rollout_weights", "kv_cache", "rollout_logits"),
+    "filter": ("rollout_weights", "kv_cache", "rollout_logits"),
+    "rl": (*CONTRACT, "master_weights", "gradient_reduction"),
+}
 
 
 def contract_breaches(asked: dict, executed: dict) -> list[str]:
     """One sentence per point at which an engine ran in another dtype than its arm says; such a run is INVALID.
 
-    Points that a protocol does not have (no wire without weight sync) are absent from `executed` and not checked.
+    Points that a protocol does not have (no wire without weight sync) are absent from `executed` and not checked;
+    `unsaid_points` finds those that it should have.
     """
-    wanted = Precision.of(asked)
+    precision = Precision.of(asked)
+    wanted = {point: getattr(precision, name) for point, name in CONTRACT.items()} | dict.fromkeys(ALWAYS_FP32, "fp32")
     return [
-        f"{point}: ran in {executed[point]}, the arm asks for {getattr(wanted, name)}"
-        for point, name in CONTRACT.items()
-        if point in executed and executed[point] != getattr(wanted, name)
+        f"{point}: ran in {executed[point]}, the arm asks for {dtype}"
+        for point, dtype in wanted.items()
+        if point in executed and executed[point] != dtype
     ]
+
+
+def unsaid_points(protocol: str, executed: dict) -> list[str]:
+    """The points of the pipeline at which a run of this protocol must say what it ran in, and does not."""
+    return [point for point in MUST_SAY.get(protocol, ()) if point not in executed]

@@ -45,6 +45,7 @@ EVIDENCE_SCHEMA = pa.schema(
         ("trainer_logprobs", pa.list_(pa.float32())),  # log pi of the response tokens, nats
         ("finish_reason", pa.string()),  # stop | length
         ("reward", pa.float32()),  # NaN = not rewarded
+        ("trainer_entropies", pa.list_(pa.float32())),  # entropy of pi where each response token was drawn, nats; or null
     ]
 )
 
@@ -161,13 +162,18 @@ class Run:
 
 def read_metrics(folder: Path) -> list[dict]:
     """All complete lines of metrics.jsonl (or .gz). A last line cut short by a kill is left out."""
+    return _metrics(folder)[0]
+
+
+def _metrics(folder: Path) -> tuple[list[dict], bool]:
+    """(the complete lines, whether a line cut short by a kill follows them)."""
     plain, zipped = folder / "metrics.jsonl", folder / "metrics.jsonl.gz"
     if zipped.exists():
         data = gzip.decompress(zipped.read_bytes())
     else:
         data = plain.read_bytes() if plain.exists() else b""
-    complete = data[: data.rfind(b"\n") + 1]
-    return [_metrics_row(line) for line in complete.splitlines()]
+    end = data.rfind(b"\n") + 1
+    return [_metrics_row(line) for line in data[:end].splitlines()], end < len(data)
 
 
 def read_summary(folder: Path) -> dict[str, np.ndarray] | None:
@@ -186,7 +192,7 @@ def read_evidence(folder: Path) -> pa.Table:
     """All rollouts of a run, in the order of their parts. Columns: EVIDENCE_SCHEMA."""
     parts = sorted((folder / "evidence").glob("part-*.parquet"))
     tables = [pq.read_table(part) for part in parts]
-    return pa.concat_tables(tables) if tables else EVIDENCE_SCHEMA.empty_table()
+    return pa.concat_tables(tables, promote_options="default") if tables else EVIDENCE_SCHEMA.empty_table()
 
 
 def find_runs(runs_root: Path, task_id: str) -> list[Run]:
@@ -211,7 +217,9 @@ class RunWriter:
 
     def __init__(self, folder: Path, record: dict, lock):
         self.folder, self.record, self._lock = folder, record, lock
-        self.metrics = read_metrics(folder)
+        self.metrics, cut_short = _metrics(folder)
+        if cut_short:
+            self.note_recovery(f"metrics.jsonl: a line cut short after line {len(self.metrics)} was dropped")
         self._started = time.monotonic()
         self.rewind(self._complete_parts())
 
@@ -252,7 +260,14 @@ class RunWriter:
             os.fsync(file.fileno())
         self.metrics.append(dict(metrics))
 
+    def note_recovery(self, *what: str) -> None:
+        """Say in the record what was found broken and passed over."""
+        self.record["recovered"] = [*self.record.get("recovered", []), *what]
+
     def update(self, **fields) -> None:
+        """Set entries of the record; a record that says so already is not written again."""
+        if fields and all(name in self.record and self.record[name] == value for name, value in fields.items()):
+            return
         self.record.update(fields)
         write_json(self.folder / "record.json", self.record)
 

@@ -26,12 +26,12 @@ def resolved(
     """The mismatch in bins of a token's property: rows {by, lo, hi, num_tokens, k3_nats_per_token, prob_diff_mean}.
 
     by = "position" (0-based within the response), "length" (tokens of its response), "entropy" (nats, of the
-    sampler's distribution at that position; needs `entropies` (T,)), "probability" (mu of the sampled token). Bins
+    distribution at that position; needs `entropies` (T,)), "probability" (mu of the sampled token). Bins
     are [lo, hi), the last one [lo, hi]; edges may be infinite. An empty bin has None. ValueError if a token lies
     outside all bins: a table must not lose tokens silently.
     """
     r = log_ratio(rollout_logprobs, trainer_logprobs)
-    x = _property(by, r.size, token_counts(num_tokens, r.size), rollout_logprobs, entropies)
+    x = token_property(by, r.size, token_counts(num_tokens, r.size), rollout_logprobs, entropies)
     edges = np.asarray(edges, dtype=np.float64)
     if edges.ndim != 1 or edges.size < 2 or not (edges[1:] > edges[:-1]).all():
         raise ValueError(f"edges: expected at least two increasing values, found {edges.tolist()}")
@@ -39,25 +39,30 @@ def resolved(
         raise ValueError(
             f"{by} spans [{x.min()}, {x.max()}], outside the edges [{edges[0]}, {edges[-1]}]; use inf for open ends"
         )
-    bins = np.minimum(np.searchsorted(edges, x, side="right") - 1, edges.size - 2)
-    count, k3_sum, diff_sum = (
-        np.bincount(bins, weights=w, minlength=edges.size - 1)
-        for w in (None, k3(r), np.abs(prob_diff(rollout_logprobs, trainer_logprobs)))
-    )
+    sums = bin_sums(x, edges, r, prob_diff(rollout_logprobs, trainer_logprobs))
     return [
         {
             "by": by,
             "lo": float(edges[i]),
             "hi": float(edges[i + 1]),
             "num_tokens": int(n),
-            "k3_nats_per_token": float(k3_sum[i] / n) if n else None,
-            "prob_diff_mean": float(diff_sum[i] / n) if n else None,
+            "k3_nats_per_token": float(k3_sum / n) if n else None,
+            "prob_diff_mean": float(diff_sum / n) if n else None,
         }
-        for i, n in enumerate(count)
+        for i, (n, k3_sum, diff_sum) in enumerate(sums)
     ]
 
 
-def _property(by: str, num: int, lengths: Int[np.ndarray, "N"], rollout_logprobs, entropies) -> Float[np.ndarray, "T"]:
+def bin_sums(x: np.ndarray, edges: np.ndarray, r: np.ndarray, prob_diff: np.ndarray) -> Float[np.ndarray, "B 3"]:
+    """Tokens, sum of k3 and sum of |pi - mu| in each bin [lo, hi) of x, the last one [lo, hi]; (B, 3) for B + 1 edges.
+    What lies outside the edges is counted in the first or the last bin."""
+    bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
+    columns = (np.ones_like(r), k3(r), np.abs(prob_diff))
+    return np.stack([np.bincount(bins, weights=values, minlength=len(edges) - 1) for values in columns], axis=1)
+
+
+def token_property(by: str, num: int, lengths: Int[np.ndarray, "N"], rollout_logprobs, entropies) -> Float[np.ndarray, "T"]:
+    """The value of the property at each of `num` tokens; lengths are those of the responses."""
     if by == "position":
         return (np.arange(num) - np.repeat(np.cumsum(lengths) - lengths, lengths)).astype(np.float64)
     if by == "length":

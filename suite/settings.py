@@ -90,8 +90,8 @@ class Strict(BaseModel):
 
 
 class Model(Strict):
-    """Weights: a hub id or a local path; `sha256` is that of the (first) weight file, `unknown` until somebody looked
-    it up.
+    """Weights: a hub id or a local path; `sha256` is that of the weight file, or, of several, of what
+    `sha256sum *.safetensors` prints; `unknown` until somebody looked it up (every record holds it as `weights`).
     """
 
     path: str | None = None

@@ -239,6 +239,10 @@ def print_verdict(verdict: dict) -> None:
             escape(claim.get("reason") or ""),
         )
     console.print(table)
+    for claim in verdict["claims"]:
+        if claim.get("event_rule"):
+            console.print(f"{escape(claim['id'])}: {claim['event_rule']}")
+    _print_metrics(console, verdict.get("metrics", []))
     for control in verdict["controls"]:
         mark = {"holds": "[green]holds[/]", "broken": "[red]broken[/]"}.get(control["outcome"], control["outcome"])
         console.print(f"{escape(control['name'])}: {mark}; {escape(control['reason'] or '')}")
@@ -246,6 +250,25 @@ def print_verdict(verdict: dict) -> None:
         f"\n{verdict['task']} on {escape(verdict['fingerprint'] or 'no machine')}: "
         f"{_coloured(verdict['verdict'])}. {escape(verdict.get('reason') or '')}"
     )
+
+
+MOST_ARMS_SHOWN = 6
+
+
+def _print_metrics(console: Console, rows: list[dict]) -> None:
+    """The metrics of a few arms side by side; more of them stand in verdict.json alone."""
+    if not 0 < len(rows) <= MOST_ARMS_SHOWN:
+        return
+    table = _table("mean over launches", *(arm_label(row) for row in rows))
+    for name in rows[0]["values"]:
+        table.add_row(name, *(number_text(row["values"][name]) for row in rows))
+    console.print(table)
+
+
+def arm_label(row: dict) -> str:
+    """`bf16`, or `bf16 num_terms=25-200` where there is a grid."""
+    points = [f"{path.rsplit('.', 1)[-1]}={axis_label(value)}" for path, value in row["at"].items()]
+    return " ".join([row["arm"], *points])
 
 
 def contrast_text(contrast: Contrast) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from suite.precision import torch_dtype
+from suite.precision import dtype_name, torch_dtype
 from suite.rollouts import Sampler
 
 CHALLENGE_SCALE = 0.1  # relative size of the random move of each weight in the challenge
@@ -76,9 +76,17 @@ class Probe:
             )
 
 
-def sync_weights(trainer, sampler: Sampler, wire: str) -> None:
-    """Hand the trainer's fp32 masters, rounded to the wire dtype, to the sampler."""
-    sampler.load_weights(trainer.named_weights(torch_dtype(wire)))
+def sync_weights(trainer, sampler: Sampler, wire: str) -> str:
+    """Hand the trainer's fp32 masters, rounded to the wire dtype, to the sampler. Returns the dtypes that travelled."""
+    travelled = set()
+
+    def noted():
+        for name, tensor in trainer.named_weights(torch_dtype(wire)):
+            travelled.add(dtype_name(tensor.dtype))
+            yield name, tensor
+
+    sampler.load_weights(noted())
+    return "+".join(sorted(travelled))
 
 
 def prove_sync(trainer, sampler: Sampler, wire: str, probe: Probe) -> Gap:

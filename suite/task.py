@@ -97,6 +97,12 @@ class Event(Strict):
     hold: Positive
     expect: Literal["collapses", "stable"]
 
+    @property
+    def rule(self) -> str:
+        """In words."""
+        drop = f"{self.drop:.0%} of it" if self.relative else f"{self.drop:g}"
+        return f"the {self.window}-iteration mean falls by more than {drop} below its peak, for {self.hold} iterations"
+
 
 class Interval(Strict):
     method: Literal["student_t", "clopper_pearson", "within_run", "exact"]

@@ -9,6 +9,7 @@ import numpy as np
 
 from suite.mismatch import prompt_sums
 from suite.plan import plan
+from suite.precision import ALWAYS_FP32, CONTRACT, Precision
 from suite.record import Run
 from suite.task import Task, load_task
 
@@ -96,6 +97,12 @@ def cells_of(task: Task) -> list:
     return _PLANNED[id(task)][1]
 
 
+def executed_as(asked: dict) -> dict:
+    """What engines record that ran as their arm asks."""
+    precision = Precision.of(asked)
+    return {point: getattr(precision, name) for point, name in CONTRACT.items()} | dict.fromkeys(ALWAYS_FP32, "fp32")
+
+
 def run_of(
     task: Task, arm: str, seed: int, *, metrics=(), summary=None, status="success", point=None, **changes
 ) -> Run:
@@ -103,7 +110,7 @@ def run_of(
     cells = [cell for cell in cells_of(task) if cell.arm == arm and (point is None or dict(cell.point) == point)]
     cell = next((cell for cell in cells if cell.seed == seed), cells[0])
     asked = dict(cell.settings["precision"])
-    ran = {"rollout_weights": asked["rollout"], "compute": asked["train"]}
+    ran = executed_as(asked)
     where = {
         "name": f"{arm}.s{seed}",
         "arm": arm,

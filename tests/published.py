@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from fakes import executed_as
+
 from suite import record
 from suite.mismatch import estimates, prompt_sums
 from suite.plan import plan
@@ -118,5 +120,5 @@ def _make_run(runs_root: Path, task, cell, environment: dict, fresh: bool, noise
         "num_rollouts": table.num_rows,
         "num_response_tokens": int(sums["num_response_tokens"].sum()),
     }
-    executed = {"compute": cell.get("precision.train"), "rollout_weights": cell.get("precision.rollout")}
+    executed = executed_as(cell.settings["precision"])
     return writer.finish("success", summary=sums, counts=counts, series_summary=now, precision_executed=executed)

@@ -54,6 +54,19 @@ def test_scores_are_those_of_a_plain_forward(model):
             np.testing.assert_allclose(a, b.detach().numpy(), atol=3e-6)
 
 
+@pytest.mark.parametrize("precision", [FP32, BF16])
+def test_entropies_are_those_of_the_whole_distribution_and_leave_the_scores_as_they_are(model, precision):
+    rows = [*sequences(), ([5, 6, 7], 3)]
+    for changes in ({}, {"head_chunk_tokens": 7}):
+        trainer = load_trainer(model, TRAIN | changes, precision, 1.0)
+        scores, entropies = trainer.score_and_entropy(rows)
+        for a, b in zip(scores, trainer.score(rows), strict=True):
+            np.testing.assert_array_equal(a, b)
+        for full, found in zip(trainer.distributions(rows), entropies, strict=True):
+            full = full.astype(np.float64)
+            np.testing.assert_allclose(found, -(np.exp(full) * full).sum(-1), atol=2e-2 if precision is BF16 else 1e-5)
+
+
 def test_temperature_divides_the_logits(model):
     rows = sequences(2)
     reference, _ = plain_logprobs(model, rows)

@@ -10,6 +10,7 @@ from fakes import (
     RL,
     block,
     claim,
+    executed_as,
     offline_run,
     only,
     prompt_table,
@@ -28,8 +29,10 @@ from suite.grade import (
     verdict_line,
     write_verdict,
 )
+from suite.grade.arms import arm_metrics
 from suite.grade.judge import ends_text, region_text
 from suite.grade.launches import unit_of
+from suite.precision import contract_breaches
 
 RATIO = block("k3_nats_per_token", "ratio: [bf16, fp16]", "[16, 128]", "min_seeds: 3")
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8, "control-aa": 2.0**-5}
@@ -57,7 +60,8 @@ def test_a_ratio_near_64_passes_and_the_verdict_has_every_field_of_the_interface
         and row["consistent_with_paper"] is True
     )
     top = (
-        "schema task task_version grade_version tier fingerprint verdict reason claims controls runs environment suite"
+        "schema task task_version grade_version tier fingerprint verdict reason claims metrics controls runs environment "
+        "suite"
     )
     fields = (
         "id kind statement estimand unit estimator paper_value paper_source estimate interval interval_method accept"
@@ -171,10 +175,35 @@ def test_a_weak_tolerance_and_an_unpinned_input_cap_both_ways(tmp_path):
 def test_an_engine_in_another_precision_than_its_arm_makes_the_task_invalid(ratio_task):
     runs = runs_for(ratio_task)
     runs[4] = offline_run(
-        ratio_task, "fp16", 1, NOISE["fp16"], precision_executed={"rollout_weights": "bf16", "compute": "fp16"}
-    )
+        ratio_task, "fp16", 1, NOISE["fp16"],
+        precision_executed=executed_as({"rollout": "fp16", "train": "fp16"}) | {"rollout_weights": "bf16"},
+    )  # fmt: skip
     verdict = grade_task(ratio_task, runs)
     assert verdict["verdict"] == "INVALID" and "rollout_weights: ran in bf16" in verdict["reason"]
+
+
+@pytest.mark.parametrize("said", [{}, {"compute": "fp16", "rollout_weights": "fp16"}])
+def test_an_engine_that_does_not_say_what_it_ran_in_makes_the_task_invalid(ratio_task, said):
+    runs = runs_for(ratio_task)
+    runs[4] = offline_run(ratio_task, "fp16", 1, NOISE["fp16"], precision_executed=said)
+    verdict = grade_task(ratio_task, runs)
+    assert verdict["verdict"] == "INVALID" and "kv_cache: not recorded" in verdict["reason"] + str(verdict["claims"])
+
+
+@pytest.mark.parametrize("point", ["master_weights", "gradient_reduction", "optimizer_state"])
+def test_sixteen_bit_masters_gradients_or_moments_are_a_breach(point):
+    asked = {"rollout": "bf16", "train": "bf16"}
+    assert contract_breaches(asked, executed_as(asked)) == []
+    assert contract_breaches(asked, executed_as(asked) | {point: "bf16"}) == [f"{point}: ran in bf16, the arm asks for fp32"]
+
+
+def test_metrics_of_an_arm_are_means_over_its_launches_and_leave_controls_out(ratio_task):
+    task = ratio_task.model_copy(update={"metrics": ("k3_nats_per_token", "grad_norm")})
+    runs = [run_of(task, "bf16", seed, series_summary={"k3_nats_per_token": seed + 1.0},
+                   metrics=[{"grad_norm": 2.0}, {"grad_norm": float("nan")}, {"grad_norm": 4.0}]) for seed in (0, 1)]  # fmt: skip
+    assert arm_metrics(task, [*runs, run_of(task, "fp16", 0, status="failed")]) == [
+        {"arm": "bf16", "at": {}, "num_launches": 2, "values": {"k3_nats_per_token": 1.5, "grad_norm": 3.0}}
+    ]
 
 
 def test_arms_that_differ_in_a_second_factor_make_the_task_invalid(ratio_task):

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import pytest
 
 pytest.importorskip("torch")
 
+from suite.evidence import flat  # noqa: E402
 from suite.plan import Cell  # noqa: E402
+from suite.precision import unsaid_points  # noqa: E402
 from suite.protocols import Session, offline  # noqa: E402
 from suite.record import Run, check_manifest, find_runs, open_run, read_evidence  # noqa: E402
 from small_models import ROLLOUT, TRAIN  # noqa: E402
@@ -50,6 +53,30 @@ def run(root: Path, chosen, progress=lambda *a, **k: None, limit=None, protocol=
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return run(tmp_path_factory.mktemp("offline"), cells())
+
+
+def test_one_load_of_vllm_serves_every_seed_and_trainer_of_a_sampler_precision(tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    from suite.rollouts.vllm import VllmSampler
+
+    loads, init = [], VllmSampler.__init__
+    monkeypatch.setattr(VllmSampler, "__init__", lambda self, *args: (loads.append(args[2]), init(self, *args))[1])
+    chosen = [replace(cell, settings=cell.settings | {"rollout": cell.settings["rollout"] | {"engine": "vllm"}})
+              for cell in cells(arms=("bf16-fp32",), seeds=(0, 1))]  # fmt: skip
+    found = run(tmp_path, chosen)
+    assert loads == ["fp32"] and all(one.status == "success" for one in found.values())
+    for one in found.values():
+        executed = one.record["precision_executed"]
+        assert unsaid_points("offline_mismatch", executed) == [] and executed["sampler_engine"] == "vllm"
+        assert one.record["weights"]["sha256"] and one.record["series_summary"]["k3_nats_per_token"] > 0
+
+
+def test_every_token_has_the_entropy_of_pi_where_it_was_drawn(finished):
+    for found in finished.values():
+        evidence = read_evidence(found.folder)
+        entropies, logprobs = flat(evidence, "trainer_entropies"), flat(evidence, "trainer_logprobs")
+        assert entropies.shape == logprobs.shape and (entropies > -1e-5).all() and (entropies <= np.log(64) + 1e-5).all()
+        assert abs(entropies.mean() + logprobs.mean()) < 0.15, "mean -log pi of sampled tokens estimates the mean entropy"
 
 
 def test_the_recorded_numbers_follow_from_the_evidence_with_a_few_lines_of_numpy(finished):

@@ -46,8 +46,10 @@ class KnownEngines:
     def reward(self, rollouts, prompts):
         return [float(r.request.sample_id < SOLVED[self.place[r.request.prompt_id]]) for r in rollouts]
 
+    weights = {"sha256": "0" * 64, "revision": None}
+
     def executed(self):
-        return {"rollout_weights": "fp32"}
+        return {"rollout_weights": "fp32", "kv_cache": "fp32", "rollout_logits": "fp32"}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from suite.data import load_prompts, token_ids  # noqa: E402
 from suite.errors import UserError  # noqa: E402
 from suite.models import load_tokenizer  # noqa: E402
 from suite.plan import Cell  # noqa: E402
+from suite.precision import contract_breaches, unsaid_points  # noqa: E402
 from suite.protocols import Session, rl  # noqa: E402
 from suite.record import Run, find_runs, open_run, read_evidence, read_metrics  # noqa: E402
 from suite.task import find_repo  # noqa: E402
@@ -160,7 +161,9 @@ def test_damaged_checkpoints_and_a_cut_line_are_recovered_from_the_one_before_an
     notes = []
     resumed = run(tmp_path, progress=lambda name, done, total, note="": notes.append(note))
     assert any("step-00006.pt: its content does not have the recorded hash" in note for note in notes)
-    assert resumed.record["recovered"] == ["step-00006.pt: its content does not have the recorded hash"]
+    cut = "metrics.jsonl: a line cut short after line 7 was dropped"
+    assert resumed.record["recovered"] == [cut, "step-00006.pt: its content does not have the recorded hash"]
+    assert any(cut in note for note in notes)
     assert json.dumps(series(resumed)) == json.dumps(series(straight))
 
 
@@ -268,6 +271,45 @@ def test_a_sampler_that_dies_leaves_a_failed_run_that_resumes(straight, tmp_path
     assert find_runs(tmp_path, "t")[0].record["error"]["message"] == "engine core died"
     monkeypatch.setattr(HfSampler, "sample", sample)
     assert json.dumps(series(run(tmp_path))) == json.dumps(series(straight))
+
+
+def test_vllm_dying_in_mid_run_leaves_a_failed_run_that_resumes_and_says_what_it_ran_in(tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    from suite.rollouts.vllm import VllmSampler
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    changes = {"rollout__engine": "vllm", "schedule__steps": 3, "schedule__checkpoint_every": 1}
+    sample, calls = VllmSampler.sample, []
+
+    def dying(self, requests):
+        calls.append(len(requests))
+        if len(calls) == 3:  # the probe's rollouts, step 0, step 1
+            raise EngineDeadError()
+        return sample(self, requests)
+
+    monkeypatch.setattr(VllmSampler, "sample", dying)
+    with pytest.raises(EngineDeadError):
+        run(tmp_path, **changes)
+    dead = find_runs(tmp_path, "t")[0]
+    assert dead.status == "failed" and dead.record["error"]["class"] == "EngineDeadError" and len(dead.metrics) == 1
+    monkeypatch.setattr(VllmSampler, "sample", sample)
+    result = run(tmp_path, **changes)
+    assert result.status == "success" and [row["step"] for row in result.metrics] == [0, 1, 2]
+    assert series(result)[0] == series(dead)[0], "the complete step is not repeated"
+    executed = result.record["precision_executed"]
+    assert contract_breaches(SETTINGS["precision"], executed) == [] == unsaid_points("rl", executed)
+    assert executed["sampler_engine"] == "vllm" and executed["gradient_reduction"] == executed["optimizer_state"] == "fp32"
+    assert "linear" in executed["sampler_products"] or "onednn" in executed["sampler_products"]
+    assert result.record["algorithm"]["name"] == "GRPO" and len(result.record["weights"]["sha256"]) == 64
+
+
+def test_the_wire_is_read_from_what_travelled(tmp_path, monkeypatch):
+    from suite.trainers.dense import DenseTrainer
+
+    weights = DenseTrainer.named_weights
+    monkeypatch.setattr(DenseTrainer, "named_weights", lambda self, dtype: weights(self, torch.bfloat16))
+    executed = run(tmp_path, schedule__steps=1).record["precision_executed"]
+    assert contract_breaches(SETTINGS["precision"], executed) == ["wire: ran in bf16, the arm asks for fp16"]
 
 
 def test_a_shuffled_reward_keeps_the_recorded_reward_true(straight, tmp_path):

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import suite
+from suite.grade.arms import arm_metrics
 from suite.grade.contrasts import Levels
 from suite.grade.controls import canonical, grade_control, unfinished, violations
 from suite.errors import UserError
@@ -28,6 +29,7 @@ from suite.grade.judge import (
     Judgement,
     claim_row,
     display_interval,
+    event_rule,
     findings_of,
     judge,
     require_grade,
@@ -76,6 +78,7 @@ def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
         "verdict": verdict,
         "reason": reason,
         "claims": claims,
+        "metrics": arm_metrics(task, runs),
         "controls": controls,
         "runs": [_run_row(run) for run in everything],
         "environment": environment,
@@ -136,6 +139,7 @@ def _grade_claim(
     evidence = replace(evidence, levels=Levels.split(stated, num_graded))
     compared = findings_of(evidence, claim, grade)
     row = claim_row(claim, grade, compared, display_interval(evidence, claim, grade))
+    row["event_rule"] = event_rule(evidence, grade)
     if claim.kind == "report":
         return row | {"verdict": None, "reason": "reported, not graded", "resolve": "", "consistent_with_paper": None}
     missing = _nothing_to_judge(evidence, grade)
@@ -212,7 +216,7 @@ def _of_task(graded: list[dict], controls: list[dict], runs: list) -> tuple[str,
 def _bare_row(claim) -> dict:
     """A reported claim without a grade block: its statement and what the paper says."""
     empty = "estimand unit estimator estimate interval interval_method interval_fail display_interval accept remark"
-    empty += " consistent_with_paper verdict"
+    empty += " consistent_with_paper event_rule verdict"
     return dict.fromkeys(empty.split()) | {
         "id": claim.id,
         "kind": claim.kind,

@@ -18,7 +18,7 @@ from suite.grade.contrasts import Levels, contrast_of, level_of, within
 from suite.grade.judge import Evidence, disjoint, ends_text, inside, number, pair, region_text
 from suite.grade.launches import FINISHED, launches, series
 from suite.plan import PATHS, differing_paths
-from suite.precision import contract_breaches
+from suite.precision import contract_breaches, unsaid_points
 from suite.task import Grade
 
 ON_INTERVALS = ("aa", "null_drift")
@@ -142,23 +142,24 @@ def violations(task, runs: list) -> list[tuple[str, str]]:
     """(arm, sentence) for everything that makes finished runs unfit to compare."""
     finished = [run for run in runs if run.status in FINISHED]
     return (
-        _precision(finished)
+        _precision(task.protocol, finished)
         + _repeated_seeds(finished)
         + _one_factor(task, finished)
         + _control_factors(task, finished)
     )
 
 
-def _precision(runs: list) -> list[tuple[str, str]]:
-    """An engine that ran in another dtype than its arm asks for. Points that were not recorded are not judged."""
+def _precision(protocol: str, runs: list) -> list[tuple[str, str]]:
+    """An engine that ran in another dtype than its arm asks for, or that does not say what it ran in. Runs that asked for
+    no precision (a foreign dump, a count of a data set) ran no engine of ours.
+    """
     found = []
     for run in runs:
         asked, executed = run.record.get("precision_asked") or {}, run.record.get("precision_executed") or {}
-        if executed and {"rollout", "train"} <= asked.keys():
-            found += [
-                (run.arm, f"{run.record['cell']['name']}: precision: {line}")
-                for line in contract_breaches(asked, executed)
-            ]
+        if {"rollout", "train"} <= asked.keys():
+            lines = contract_breaches(asked, executed)
+            lines += [f"{point}: not recorded" for point in unsaid_points(protocol, executed)]
+            found += [(run.arm, f"{run.record['cell']['name']}: precision: {line}") for line in lines]
     return found
 
 

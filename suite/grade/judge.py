@@ -257,6 +257,16 @@ def claim_row(claim, grade, compared: list[Compared], display: tuple[float, floa
     }
 
 
+def event_rule(evidence: Evidence, grade) -> str | None:
+    """What counts as the event, in words, with the horizon of these runs; None where a claim has no event."""
+    if grade.event is None:
+        return None
+    runs = [run for name in grade.contrast.names for run in evidence.arm(name, grade.at)]
+    steps = [run.record["cell"]["settings"]["schedule"]["steps"] for run in runs]
+    horizon = min([grade.until or max(steps), max(steps)]) if steps else grade.until
+    return f"event: {grade.event.rule}" + (f", within {horizon} iterations" if horizon else "")
+
+
 def consistent(compared: list[Compared]) -> bool | None:
     """Whether every estimate lies in its accept region, whatever the intervals say; None without an estimate or a
     region.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from suite.batch import Request, Rollout, request_seed
 from suite.data import Prompt, token_ids
-from suite.models import load_tokenizer, model_folder, stop_token_ids
+from suite.models import hub_commit, load_tokenizer, model_folder, stop_token_ids, weights_sha256
 from suite.plan import Cell
 from suite.protocols import Session
 from suite.rewards import FORMAT_OF_TEMPLATE, RewardPool
@@ -31,6 +31,11 @@ class Engines:
     def folder(self) -> Path:
         self._folder = self._folder or model_folder(self._cell.settings["model"])
         return self._folder
+
+    @property
+    def weights(self) -> dict:
+        """What a record says of the checkpoint: hash of its weights and, where it came from the hub, the commit."""
+        return {"sha256": weights_sha256(self.folder), "revision": hub_commit(self.folder)}
 
     @property
     def tokenizer(self):

@@ -101,16 +101,17 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
     for cell, writer in launch.behind(index):
         trainer, started = (engines.trainer(cell) if scored else None), time.perf_counter()
         # without a trainer there is no pi: its log-probs are set to those of mu, and no mismatch metric is reported
-        logprobs = trainer.score(sequences) if trainer else [rollout.rollout_logprobs for rollout in rollouts]
+        logprobs, entropies = [rollout.rollout_logprobs for rollout in rollouts], None
+        if trainer:
+            logprobs, entropies = trainer.score_and_entropy(sequences)
         seconds = {"t_sample_s": round(sample_seconds, 4), "t_score_s": round(time.perf_counter() - started, 4)}
-        evidence = evidence_table(rollouts, logprobs, step=index, rewards=rewards)
+        evidence = evidence_table(rollouts, logprobs, step=index, rewards=rewards, trainer_entropies=entropies)
         row = _metrics(index, evidence, has_trainer=trainer is not None)
         if trainer and index == 0:
             row |= _full_vocabulary(sequences[:NUM_FULL_SEQUENCES], engines, trainer)
         writer.append(row | seconds, evidence)
         executed = engines.sampler.executed() | (trainer.executed() if trainer else {})
-        if executed != writer.record["precision_executed"]:
-            writer.update(precision_executed=executed)
+        writer.update(precision_executed=executed, weights=engines.weights)
 
 
 def _full_vocabulary(sequences: list, engines: Engines, trainer) -> dict:

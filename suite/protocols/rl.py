@@ -27,9 +27,9 @@ from suite.batch import MiniBatch, Rollout, evidence_table, request_seed
 from suite.checkpoint import load_checkpoint, save_checkpoint
 from suite.data import Prompt, load_prompts
 from suite.errors import UserError
-from suite.evidence import summarise
+from suite.evidence import flat, num_response_tokens, summarise
 from suite.losses import advantages
-from suite.mismatch import concat_sums, estimates
+from suite.mismatch import concat_sums, estimates, token_statistics
 from suite.plan import Cell
 from suite.precision import Precision
 from suite.protocols import Session
@@ -57,13 +57,15 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     precision = Precision.of(cell.settings["precision"])
     wire = precision.wire
     sampler, trainer = engines.sampler, engines.new_trainer(cell)
+    writer.update(algorithm=algorithm.settings(), weights=engines.weights)
 
     # --- where an earlier attempt stopped
     done, state, passed_over = load_checkpoint(writer.folder / "checkpoint", writer.parts_done)
     writer.rewind(done)
     if passed_over:
-        session.progress(cell.name, done, num_steps, "; ".join(passed_over))
-        writer.update(recovered=[*writer.record.get("recovered", []), *passed_over])
+        writer.note_recovery(*passed_over)
+    if "recovered" in writer.record:
+        session.progress(cell.name, done, num_steps, "; ".join(writer.record["recovered"]))
 
     # --- both engines hold the checkpoint's weights: prove that the sampler follows the trainer
     sync_weights(trainer, sampler, wire)
@@ -102,7 +104,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         updates = [trainer.update(whole.rows(part), algorithm) for part in parts]
         clock.lap("t_train_s")
 
-        sync_weights(trainer, sampler, wire)
+        travelled = sync_weights(trainer, sampler, wire)
         gap = probe.gap(sampler, trainer)
         if math.isfinite(gap.k3) and not probe.holds(gap, floor):  # stale weights, or weights that have moved to where engines agree less
             floor = prove_sync(trainer, sampler, wire, probe)
@@ -111,8 +113,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         row |= _training(updates) | {"sync_probe_k3": gap.k3, "sync_probe_logprob_diff_mean": gap.logprob_diff_mean}
         clock.lap("t_rest_s")
         writer.append(row | clock.laps, evidence)
-        if writer.record["precision_executed"] == {}:
-            writer.update(precision_executed=sampler.executed() | trainer.executed() | {"wire": wire})
+        executed = sampler.executed() | trainer.executed() | {"wire": travelled}
+        writer.update(precision_executed=executed)
         if (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps:
             save_checkpoint(writer.folder / "checkpoint", step + 1, trainer.state_dict())
         session.progress(cell.name, step + 1, num_steps, f"reward {row['reward_mean']:.3f}, k3 {row['k3_nats_per_token']:.1e}")
@@ -223,5 +225,6 @@ def _finish(writer: RunWriter, diverged: bool) -> None:
         "num_steps": len(writer.metrics),
         "num_skipped_steps": sum(row["step_skipped"] for row in writer.metrics),
     }
+    tokens = token_statistics(flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs"), num_response_tokens(evidence))
     status = "diverged" if diverged else "success"
-    writer.finish(status, summary=sums, counts=counts, series_summary=estimates(sums))
+    writer.finish(status, summary=sums, counts=counts, series_summary=estimates(sums) | tokens)

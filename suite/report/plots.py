@@ -58,7 +58,8 @@ def _offline(runs: list[Run]) -> list[Figure]:
             text = "The paper's figure 5 from our own run: token probabilities of sampler (μ) and trainer (π), and the "
             text += f"log-ratio of whole responses against their length.{where}"
             found.append(Figure(f"figure5{suffix}", figure5(drawn), text))
-        text = f"Mismatch per token by position in the response and by the sampler's probability of the token.{where}"
+        text = "Mismatch per token by position in the response, length of the response, entropy of the trainer's "
+        text += f"distribution and the sampler's probability of the token.{where}"
         found.append(Figure(f"resolved{suffix}", resolved(list(arms.values())), text))
     return found
 
@@ -171,27 +172,50 @@ def _signed(value: float) -> str:
 # --- mismatch resolved, and the matrix -------------------------------------------------------------------------------
 
 
+RESOLVED = (
+    ("by_position", "position in the response (tokens)"),
+    ("by_length", "length of the response (tokens)"),
+    ("by_entropy", "entropy of π where the token was drawn (nats)"),
+    ("by_prob", "sampler probability μ of the token (logit scale)"),
+)
+
+
 def resolved(arms: list[Arm]) -> bytes:
-    """k3 per token (log axis) by position in the response and by the sampler's probability of the token."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.6), sharey=True, layout="constrained")
-    for arm in arms:
-        how = {
-            "color": colour(arm.precision),
-            "linestyle": LINE_STYLES[arm.precision],
-            "marker": MARKERS[arm.precision],
-        }
-        how |= {"markersize": 4, "linewidth": 1.3, "label": arm.precision}
-        low, high, k3 = _binned(arm.points["by_position"])
-        left.plot(np.sqrt((low + 1) * high), k3, **how)
-        low, high, k3 = _binned(arm.points["by_prob"])
-        right.plot(_stretched((low + np.minimum(high, 1)) / 2), k3, **how)
-    left.set(xscale="log", yscale="log", xlabel="position in the response (tokens)", ylabel="k3 (nats per token)")
-    left.xaxis.set_major_formatter("{x:g}")
-    ticks = np.array([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
-    right.set(xlabel="sampler probability μ of the token (logit scale)", xticks=_stretched(ticks))
-    right.set_xticklabels([f"{tick:g}" for tick in ticks])
-    left.legend(title="precision", loc="best")
+    """k3 per token (log axis) by position in the response, by its length, by entropy, and by the sampler's probability of
+    the token; panels without a recorded property are left out."""
+    panels = [(kind, label) for kind, label in RESOLVED if all(_has(arm, kind) for arm in arms)]
+    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(7.4, 6.6), sharey=True, squeeze=False, layout="constrained")
+    for axis, (kind, label) in zip(axes.flat, panels):
+        axis.set(yscale="log", xlabel=label)
+        for arm in arms:
+            low, high, k3 = _binned(arm.points[kind])
+            style = {"linestyle": LINE_STYLES[arm.precision], "marker": MARKERS[arm.precision], "markersize": 4}
+            axis.plot(_middle(kind, low, high), k3, color=colour(arm.precision), linewidth=1.3, label=arm.precision, **style)
+        if kind == "by_prob":
+            ticks = np.array([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
+            axis.set_xticks(_stretched(ticks), [f"{tick:g}" for tick in ticks])
+        else:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("k3 (nats per token)")
+    axes[0, 0].legend(title="precision", loc="best")
     return to_svg(figure)
+
+
+def _has(arm: Arm, kind: str) -> bool:
+    return "count" in arm.points.get(kind, {})
+
+
+def _middle(kind: str, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Where a bin is drawn."""
+    if kind == "by_prob":
+        return _stretched((low + np.minimum(high, 1)) / 2)
+    if kind == "by_entropy":
+        return np.sqrt(np.maximum(low, high / 2) * high)
+    return np.sqrt((low + 1) * high)
 
 
 def _binned(bins: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

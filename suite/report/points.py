@@ -5,6 +5,8 @@ plot_points.parquet is one long table; `kind` says which columns of a row are fi
     token         mu, pi (probabilities of the sampled token), is_tail (one of the largest |pi - mu|; others: a sample)
     sequence      num_tokens, seq_log_ratio (sum of log pi - log mu, nats)
     by_position   bin [bin_low, bin_high) of the position in the response, in tokens; count, sum_k3, sum_abs_prob_diff
+    by_length     the same over the length of the token's response, in tokens
+    by_entropy    the same over the entropy of pi where the token was drawn, nats; only where the run recorded it
     by_prob       the same over mu, the sampler's probability of the token
 """
 
@@ -16,13 +18,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from suite.mismatch import k3
+from suite.evidence import flat, num_response_tokens
 from suite.record import write_parquet
+from suite.resolved import bin_sums, token_property
 
 NUM_TAIL_TOKENS, NUM_TOKENS, NUM_SEQUENCES = 500, 3000, 4000
 SAMPLE_SEED = 2510_26788
 PROB_EDGES = np.array([0.0, 1e-3, 1e-2, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 0.999, 1.0 + 1e-6])
 POSITION_EDGES = np.unique(np.round(np.geomspace(1, 2**17, 35)).astype(int)) - 1  # half-octaves: 0, 1, 2, 3, 5, 7 ...
+ENTROPY_EDGES = np.array([0.0, *np.geomspace(1e-3, 16.0, 29)])  # nats; the last is above the log of any vocabulary
+# kind -> (property of suite/resolved.py, edges of its bins)
+BINNED = {"by_position": ("position", POSITION_EDGES), "by_length": ("length", POSITION_EDGES),
+          "by_entropy": ("entropy", ENTROPY_EDGES), "by_prob": ("probability", PROB_EDGES)}  # fmt: skip
 
 _COLUMNS = {
     "mu": pa.float32(),
@@ -46,14 +53,14 @@ def plot_points(evidence: Path) -> dict[str, dict[str, np.ndarray]]:
     """
     rng = np.random.default_rng(SAMPLE_SEED)
     tokens, sequences = np.empty((0, 3)), np.empty((0, 3))
-    bins = {"by_position": np.zeros((len(POSITION_EDGES) - 1, 3)), "by_prob": np.zeros((len(PROB_EDGES) - 1, 3))}
+    bins = {kind: np.zeros((len(edges) - 1, 3)) for kind, (_, edges) in BINNED.items()}
     for part in sorted(evidence.glob("part-*.parquet")):
-        log_mu, log_pi, lengths = _read_part(part)
+        log_mu, log_pi, lengths, entropies = _read_part(part)
         mu, pi, r = np.exp(log_mu), np.exp(log_pi), log_pi - log_mu
-        position = np.arange(len(r)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         tokens = _thin_tokens(np.vstack([tokens, np.column_stack([mu, pi, rng.random(len(mu))])]))
-        _add_to_bins(bins["by_position"], POSITION_EDGES, position, r, pi - mu)
-        _add_to_bins(bins["by_prob"], PROB_EDGES, mu, r, pi - mu)
+        for kind, (by, edges) in BINNED.items():
+            if by != "entropy" or len(entropies) == len(r):
+                bins[kind] += bin_sums(token_property(by, len(r), lengths, log_mu, entropies), edges, r, pi - mu)
         ratio = np.add.reduceat(np.append(r, 0.0), np.cumsum(lengths) - lengths) * (lengths > 0)
         sequences = _thin(
             np.vstack([sequences, np.column_stack([lengths, ratio, rng.random(len(lengths))])]), NUM_SEQUENCES
@@ -61,18 +68,16 @@ def plot_points(evidence: Path) -> dict[str, dict[str, np.ndarray]]:
     return {
         "token": _token_columns(tokens),
         "sequence": {"num_tokens": sequences[:, 0].astype(int), "seq_log_ratio": sequences[:, 1]},
-        "by_position": _bin_columns(bins["by_position"], POSITION_EDGES),
-        "by_prob": _bin_columns(bins["by_prob"], PROB_EDGES),
-    }
+    } | {kind: _bin_columns(bins[kind], edges) for kind, (_, edges) in BINNED.items() if bins[kind].any()}
 
 
-def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(log mu, log pi) of all response tokens of a part, flat, in nats and float64, and the response lengths."""
-    table = pq.read_table(path, columns=["rollout_logprobs", "trainer_logprobs"])
-    rollout, trainer = (table[name].combine_chunks() for name in table.column_names)
-    lengths = np.asarray(rollout.value_lengths().fill_null(0), dtype=int)
-    log_mu, log_pi = (np.asarray(column.flatten(), dtype=np.float64) for column in (rollout, trainer))
-    return log_mu, log_pi, lengths
+def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(log mu, log pi) of all response tokens of a part, flat, in nats and float64; the response lengths; and the
+    entropies of pi, empty where none were recorded."""
+    table = pq.read_table(path)
+    log_mu, log_pi = flat(table, "rollout_logprobs"), flat(table, "trainer_logprobs")
+    entropies = flat(table, "trainer_entropies") if "trainer_entropies" in table.column_names else np.empty(0)
+    return log_mu, log_pi, num_response_tokens(table), entropies
 
 
 def _is_tail(tokens: np.ndarray) -> np.ndarray:
@@ -94,13 +99,6 @@ def _thin_tokens(tokens: np.ndarray) -> np.ndarray:
 def _token_columns(tokens: np.ndarray) -> dict[str, np.ndarray]:
     order = np.lexsort((tokens[:, 1], tokens[:, 0]))
     return {"mu": tokens[order, 0], "pi": tokens[order, 1], "is_tail": _is_tail(tokens[order])}
-
-
-def _add_to_bins(bins: np.ndarray, edges: np.ndarray, at: np.ndarray, r: np.ndarray, prob_diff: np.ndarray) -> None:
-    """Add count, k3 = e^r - 1 - r and |pi - mu| of every token to its bin (rows of `bins`)."""
-    index = np.clip(np.searchsorted(edges, at, side="right") - 1, 0, len(bins) - 1)
-    for column, values in enumerate((np.ones_like(r), k3(r), np.abs(prob_diff))):
-        bins[:, column] += np.bincount(index, weights=values, minlength=len(bins))
 
 
 def _bin_columns(bins: np.ndarray, edges: np.ndarray) -> dict[str, np.ndarray]:

@@ -77,9 +77,10 @@ def result_rows(results_dir: Path, tasks: dict) -> list[Row]:
 
 def _graded_row(task, claim: dict, verdict: dict, fingerprint: str) -> Row:
     declared = next((c for c in task.claims if c.id == claim["id"]), None)
-    word, reason = claim["verdict"], "; ".join(filter(None, (claim["reason"], claim.get("remark"))))
+    beside = [claim.get("remark"), claim.get("event_rule")]
+    word, reason = claim["verdict"], "; ".join(filter(None, (claim["reason"], *beside)))
     if claim["kind"] == "report":
-        word, reason = None, claim.get("remark") or ""
+        word, reason = None, "; ".join(filter(None, beside))
     elif verdict["verdict"] in _SAYS_NOTHING and word != verdict["verdict"]:
         word, reason = verdict["verdict"], "; ".join(filter(None, (verdict["reason"], reason)))
     return Row(

@@ -122,6 +122,7 @@ class HfSampler:
             "rollout_logits": dtype_name(self._logits_dtype) if self._logits_dtype else "not sampled yet",
             "sampler_engine": "hf",
             "sampler_attention": self._model.config._attn_implementation,
+            "sampler_products": self.arithmetic,
         }
 
     def close(self) -> None:

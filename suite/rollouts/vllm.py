@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from suite.batch import Request, Rollout, empty_rollout, response_room
-from suite.precision import TORCH_NAMES, dtype_name
+from suite.precision import NATIVE, TORCH_NAMES, dtype_name
 
 IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -122,6 +122,7 @@ class VllmSampler:
             "rollout_logits": dtype_name(self._logits_dtype) if self._logits_dtype else "not sampled yet",
             "sampler_engine": "vllm",
             "sampler_attention": self._runner.attn_groups[0][0].backend.get_name(),
+            "sampler_products": _products(self._runner.model),
         }
 
     def close(self) -> None:
@@ -131,6 +132,14 @@ class VllmSampler:
         self._llm = self._runner = None
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def _products(model: torch.nn.Module) -> str:
+    """Which kernel forms the products of the linear layers: on a CPU vLLM picks one by dtype and shape, and keeps a
+    function that calls it."""
+    chosen = {getattr(module, "cpu_linear", None) for module in model.modules()} - {None}
+    names = {function.__code__.co_names[-1] if hasattr(function, "__code__") else function.__name__ for function in chosen}
+    return "+".join(sorted(names)) or NATIVE
 
 
 def _dense_row(flat, position: int, size: int) -> np.ndarray:

@@ -69,26 +69,34 @@ class DenseTrainer:
         with torch.no_grad():
             parameters[parameter].mul_(scale)
 
-    @torch.inference_mode()
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         """log pi of each response token, teacher-forced; sequences of like length share a forward of fixed row count."""
+        return self._score(sequences, self._chunk_logprobs)
+
+    def score_and_entropy(self, sequences: list[tuple[list[int], int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The log-probs of `score`, and the entropy of pi at each of those positions, nats."""
+        both = self._score(sequences, self._chunk_logprobs_and_entropies)
+        return [one[0] for one in both], [one[1] for one in both]
+
+    @torch.inference_mode()
+    def _score(self, sequences: list[tuple[list[int], int]], chunk) -> list[np.ndarray]:
         size = self._train["score_batch_size"]
         order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i][0]), i))
         scores: list[np.ndarray | None] = [None] * len(sequences)
         with self._products():
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
-                for index, score in zip(batch, self._score_batch([sequences[i] for i in batch], size), strict=True):
+                for index, score in zip(batch, self._score_batch([sequences[i] for i in batch], size, chunk), strict=True):
                     scores[index] = score
         return scores
 
-    def _score_batch(self, sequences: list[tuple[list[int], int]], num_rows: int) -> list[np.ndarray]:
+    def _score_batch(self, sequences: list[tuple[list[int], int]], num_rows: int, chunk) -> list[np.ndarray]:
         padded = pad_sequences(sequences, num_rows)
         token_ids = torch.from_numpy(padded.token_ids).to(self._device)
         wanted = torch.from_numpy(padded.response_mask).to(self._device)
-        logprobs = self._response_logprobs(token_ids, wanted).cpu().numpy()
+        scores = self._over_response(token_ids, wanted, chunk).cpu().numpy()
         counts = [len(tokens) - num_prompt for tokens, num_prompt in sequences]
-        return np.split(logprobs, np.cumsum(counts)[:-1])
+        return np.split(scores, np.cumsum(counts)[:-1], axis=-1)
 
     @torch.inference_mode()
     def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
@@ -101,23 +109,25 @@ class DenseTrainer:
                 full.append(torch.log_softmax(self._logits(hidden), -1).cpu().numpy())
         return full
 
-    def _response_logprobs(self, token_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """(B, T) ids and mask -> (N,) float32 log-probs of the masked tokens, row by row."""
+    def _over_response(self, token_ids: torch.Tensor, wanted: torch.Tensor, chunk) -> torch.Tensor:
+        """(B, T) ids and mask -> (..., N) float32: what `chunk` makes of the masked tokens, row by row."""
         hidden = self._model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
         before = hidden[:, :-1][wanted[:, 1:]]  # (N, H): the states that predict the response tokens
-        return self.token_logprobs(before, token_ids[wanted])
+        return self._in_chunks(before, token_ids[wanted], chunk)
 
     def token_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(N, H) states and (N,) token ids -> (N,) float32 log-probs, `head_chunk_tokens` rows of logits at a time.
+        """(N, H) states and (N,) token ids -> (N,) float32 log-probs."""
+        return self._in_chunks(hidden, targets, self._chunk_logprobs)
 
-        With gradients each chunk's logits are made again in the backward pass instead of being kept.
-        """
+    def _in_chunks(self, hidden: torch.Tensor, targets: torch.Tensor, chunk) -> torch.Tensor:
+        """`chunk` of `head_chunk_tokens` states and tokens at a time; with gradients each chunk's logits are made again in
+        the backward pass instead of being kept."""
         vocabulary = self._model.get_output_embeddings().weight.shape[0]
         size = self._train.get("head_chunk_tokens") or max(64, DEFAULT_HEAD_CHUNK_LOGITS // vocabulary)
-        chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self._chunk_logprobs(*chunk) for chunk in chunks])
-        return torch.cat([checkpoint(self._chunk_logprobs, *chunk, **self._checkpointing()) for chunk in chunks])
+        parts = list(zip(hidden.split(size), targets.split(size), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([chunk(*part) for part in parts], dim=-1)
+        return torch.cat([checkpoint(chunk, *part, **self._checkpointing()) for part in parts], dim=-1)
 
     def _checkpointing(self) -> dict:
         """Options of torch's checkpoint: a forward repeated in the backward pass needs the mode of its own, since the
@@ -127,6 +137,12 @@ class DenseTrainer:
     def _chunk_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = self._logits(hidden)
         return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def _chunk_logprobs_and_entropies(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = self._logits(hidden)
+        total = logits.logsumexp(-1)
+        entropies = total - (logits.softmax(-1) * logits).sum(-1)  # logits are finite: no 0 x inf
+        return torch.stack([logits.gather(1, targets[:, None])[:, 0] - total, entropies])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V) fp32 logits at the task's temperature, from a head product in the head's dtype."""
@@ -177,7 +193,7 @@ class DenseTrainer:
         given = [rows.old_trainer_logprobs, rows.rollout_logprobs]
         old, rollout = (spread(torch.from_numpy(np.concatenate(arrays)).to(self._device)) for arrays in given)
         return policy_loss(
-            algorithm, spread(self._response_logprobs(token_ids, mask)), old, rollout, mask,
+            algorithm, spread(self._over_response(token_ids, mask, self._chunk_logprobs)), old, rollout, mask,
             torch.from_numpy(rows.advantages).to(self._device),
             num_sequences=num_sequences, num_tokens=num_tokens, length_norm=rows.length_norm,
         )  # fmt: skip
@@ -210,7 +226,7 @@ class DenseTrainer:
         self.scaler.load_state_dict(state["scaler"])
 
     def executed(self) -> dict[str, str]:
-        """Dtypes of the live tensors; `optimizer_state` once a step was taken."""
+        """Dtypes of the live tensors; `optimizer_state` and `gradient_reduction` once a step was taken."""
         points = {
             "checkpoint": self._checkpoint_dtype,
             "compute": _dtypes(self._model.parameters()),
@@ -219,9 +235,11 @@ class DenseTrainer:
             "trainer_attention": self._model.config._attn_implementation,
         }
         if self._can_train:
-            points["master_weights"] = points["gradient_reduction"] = _dtypes(self.masters.masters.values())
+            points["master_weights"] = _dtypes(self.masters.masters.values())
             moments = [state["exp_avg"] for state in self.masters.optimizer.state.values()]
             points |= {"optimizer_state": _dtypes(moments)} if moments else {}
+            if self.masters.gradient_dtypes:
+                points["gradient_reduction"] = "+".join(sorted(self.masters.gradient_dtypes))
         return points
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from suite.precision import dtype_name
 from suite.trainers.loss_scale import LossScaler
 
 
@@ -30,6 +31,7 @@ class MasterWeights:
             self.masters.values(), lr=optimizer["lr"], betas=tuple(optimizer["betas"]), eps=optimizer["eps"],
             weight_decay=optimizer["weight_decay"], fused=True,
         )  # fmt: skip
+        self.gradient_dtypes: set[str] = set()  # of the gradients that the last step summed and clipped
         self._lr, self._warmup_steps = optimizer["lr"], optimizer.get("warmup_steps") or 0
 
     def collect(self) -> None:
@@ -50,6 +52,7 @@ class MasterWeights:
         """
         masters = list(self.masters.values())
         loss_scale = scaler.scale_value
+        self.gradient_dtypes = {dtype_name(master.grad.dtype) for master in masters if master.grad is not None}
         skipped = scaler.unscale_and_check(masters)
         norm = math.nan
         if not skipped:
