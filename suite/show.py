@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from suite.errors import UserError
+from suite.grade.arms import arm_label
 from suite.plan import Cell, arm_names, plan
 from suite.strict_yaml import TaskErrors, read_yaml
 from suite.task import Claim, Contrast, Task, axis_label
@@ -263,12 +264,6 @@ def _print_metrics(console: Console, rows: list[dict]) -> None:
     for name in rows[0]["values"]:
         table.add_row(name, *(number_text(row["values"][name]) for row in rows))
     console.print(table)
-
-
-def arm_label(row: dict) -> str:
-    """`bf16`, or `bf16 num_terms=25-200` where there is a grid."""
-    points = [f"{path.rsplit('.', 1)[-1]}={axis_label(value)}" for path, value in row["at"].items()]
-    return " ".join([row["arm"], *points])
 
 
 def contrast_text(contrast: Contrast) -> str:

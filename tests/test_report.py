@@ -244,6 +244,24 @@ def test_points_survive_the_file(tmp_path, repo):
             np.testing.assert_allclose(back[kind][name].astype(float), values.astype(float), rtol=1e-6, atol=1e-7)
 
 
+def test_binned_mismatch_by_length_and_entropy_adds_up_to_that_of_all_tokens(tmp_path):
+    rows = fakes.evidence(2.0**-5, seed=3).to_pylist()
+    for place, line in enumerate(rows):
+        line["trainer_entropies"] = [0.1 * (place % 5)] * len(line["rollout_logprobs"])
+    table = fakes.pa.Table.from_pylist(rows, schema=fakes.record.EVIDENCE_SCHEMA)
+    pq.write_table(table, tmp_path / "part-00000.parquet")
+    found = points.plot_points(tmp_path)
+    lengths = np.array([len(line["rollout_logprobs"]) for line in rows])
+    r = np.concatenate([np.subtract(line["trainer_logprobs"], line["rollout_logprobs"]) for line in rows])
+    for kind in ("by_position", "by_length", "by_entropy", "by_prob"):
+        assert found[kind]["count"].sum() == lengths.sum()
+        assert found[kind]["sum_k3"].sum() == pytest.approx(np.sum(np.expm1(r) - r), rel=1e-9)
+    for low, high, count in zip(*(found["by_length"][name] for name in ("bin_low", "bin_high", "count"))):
+        assert count == lengths[(lengths >= low) & (lengths < high)].sum()
+    zero = found["by_entropy"]["bin_low"] == 0
+    assert found["by_entropy"]["count"][zero].sum() == lengths[::5].sum(), "every fifth response has entropy 0"
+
+
 # --- rows and tables -------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +271,19 @@ def test_rows_are_ordered_by_tier_then_by_claim_number_never_by_verdict():
              row(claim="C1", tier="node", verdict="INCONCLUSIVE")]  # fmt: skip
     ordered = sorted(mixed, key=lambda r: r.order)
     assert [(r.tier, r.claim) for r in ordered] == [("paper", "C19"), ("node", "C1"), ("desk", "C2"), ("desk", "C10")]
+
+
+def test_the_table_of_arms_puts_few_arms_side_by_side_and_many_below_each_other():
+    def verdict(num_arms):
+        rows = [{"arm": f"a{i}", "at": {"data.num_terms": [4, 8]}, "num_launches": 2, "values": {"k3": i, "grad": None}}
+                for i in range(num_arms)]  # fmt: skip
+        return {"task": "t", "fingerprint": "cpu", "metrics": rows}
+
+    few = tables.arm_table(verdict(2))
+    assert few.header == ["metric", "a0 num_terms=4-8", "a1 num_terms=4-8"] and few.body == [["k3", "0", "1"], ["grad", "", ""]]
+    many = tables.arm_table(verdict(9))
+    assert many.header == ["arm", "k3", "grad"] and many.body[8] == ["a8 num_terms=4-8", "8", ""]
+    assert tables.arm_table({"task": "t", "fingerprint": "cpu"}) is None
 
 
 def test_headline_counts_every_graded_claim_and_the_false_passes_to_expect():

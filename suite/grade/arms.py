@@ -7,6 +7,7 @@ import numpy as np
 from suite.grade.controls import canonical
 from suite.grade.judge import number
 from suite.grade.launches import FINISHED
+from suite.task import axis_label
 
 
 def arm_metrics(task, runs: list) -> list[dict]:
@@ -24,6 +25,12 @@ def arm_metrics(task, runs: list) -> list[dict]:
          "values": {name: _mean([_of_launch(run, name) for run in found]) for name in task.metrics}}
         for (_, arm), found in sorted(groups.items())
     ]  # fmt: skip
+
+
+def arm_label(row: dict) -> str:
+    """`bf16`, or `bf16 num_terms=25-200` where there is a grid."""
+    points = [f"{path.rsplit('.', 1)[-1]}={axis_label(value)}" for path, value in row["at"].items()]
+    return " ".join([row["arm"], *points])
 
 
 def _of_launch(run, name: str) -> float | None:

@@ -8,6 +8,7 @@ they are: only the lines about figures are generated, so that regenerating can n
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from suite.record import write_atomic
@@ -21,20 +22,24 @@ MANIFEST = "MANIFEST.sha256"
 def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     """All generated files by their path below `results_dir`."""
     rows = result_rows(results_dir, tasks)
-    files, figures, matrices = {}, [], []
+    files, figures, matrices, arms = {}, [], [], []
     for folder in fingerprint_folders(results_dir):
         runs = published_runs(results_dir, folder.parent.name, folder.name)
         drawn = plots.figures(folder.parent.name, runs)
         matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
+        arms.append(tables.arm_table(json.loads((folder / "verdict.json").read_text())))
         place = folder.relative_to(results_dir).as_posix()
         files |= {f"{place}/figures/{figure.name}.svg": figure.svg for figure in drawn}
         files[f"{place}/{MANIFEST}"] = _manifest(folder, {f"figures/{f.name}.svg": f.svg for f in drawn})
         figures += [(folder.parent.name, folder.name, f"{place}/figures/{f.name}.svg", f.caption) for f in drawn]
+    arms = [table for table in arms if table]
     sections = [tables.matrix_markdown(*found) for found in matrices]
+    if arms:
+        sections += ["## Metrics of the arms, means over launches", *map(tables.arm_table_markdown, arms)]
     files["RESULTS.md"] = tables.markdown(rows, [*sections, *_figure_sections(figures)]).encode()
     files["results.tex"] = tables.latex(rows).encode()
     files["results.csv"] = tables.comma_separated(rows).encode()
-    files["index.html"] = page.render(rows, figures, matrices).encode()
+    files["index.html"] = page.render(rows, figures, matrices, arms).encode()
     beside = readme.readme_of(results_dir)
     if beside:
         files["../README.md"] = readme.with_results(beside.read_text(), rows).encode()

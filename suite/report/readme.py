@@ -32,8 +32,8 @@ def _by_claim(rows: list[Row]) -> str:
     body = []
     for row in rows:
         columns = cells(row)
-        body.append([row.statement, columns[4], columns[5], f"**{row.verdict}**"])
-    header = [f"claim of `{DEFAULT_TASK}`", "estimate [interval]", "accepted", "verdict"]
+        body.append([row.statement, columns[4], columns[5], f"**{row.verdict}**", row.fingerprint])
+    header = [f"claim of `{DEFAULT_TASK}`", "estimate [interval]", "accepted", "verdict", "machine and engines"]
     return tabulate(body, header, tablefmt="github", disable_numparse=True) if body else ""
 
 

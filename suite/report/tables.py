@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from tabulate import tabulate
 
+from suite.grade.arms import arm_label
 from suite.mismatch import estimates
 from suite.record import Run
 from suite.report.rows import TIERS, Row, headlines
@@ -166,6 +167,42 @@ def comma_separated(rows: list[Row]) -> str:
 
 def _csv_value(value):
     return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
+
+
+# --- metrics of the arms ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArmTable:
+    """The metrics of one task on one fingerprint, as text: a row per metric, or per arm where arms are many."""
+
+    task: str
+    fingerprint: str
+    header: list[str]
+    body: list[list[str]]
+
+
+MOST_ARMS_SIDE_BY_SIDE = 6
+
+
+def arm_table(verdict: dict) -> ArmTable | None:
+    """Of a verdict's `metrics`; None where it has none (nothing ran, or it was graded before there were any)."""
+    rows = verdict.get("metrics") or []
+    if not rows or not rows[0]["values"]:
+        return None
+    arms = [arm_label(row) for row in rows]
+    names = list(rows[0]["values"])
+    values = [[number(row["values"][name]) for row in rows] for name in names]
+    if len(arms) <= MOST_ARMS_SIDE_BY_SIDE:
+        header, body = ["metric", *arms], [[name, *line] for name, line in zip(names, values)]
+    else:
+        header, body = ["arm", *names], [[arm, *line] for arm, line in zip(arms, zip(*values))]
+    return ArmTable(verdict["task"], verdict["fingerprint"], header, body)
+
+
+def arm_table_markdown(table: ArmTable) -> str:
+    title = f"### {table.task} on {table.fingerprint}"
+    return f"{title}\n\n{tabulate(table.body, table.header, tablefmt='github', disable_numparse=True)}"
 
 
 # --- precision matrix ------------------------------------------------------------------------------------------------
