@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from suite.record import Run
 from suite.report.svg import LINE_STYLES, colour, plt, to_svg
 from suite.task import find_repo
 
+MORE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a5a00")  # readable beside those of the precisions
 
 def paper_curve(algorithm: str) -> Path | None:
     """The digitised training curve (figure 1 a-f) of an algorithm named as in the paper, if there is one."""
@@ -30,10 +32,11 @@ def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
     """
     figure, axes = plt.subplots(4, 1, figsize=(7.2, 9.6), sharex=True, layout="constrained")
     panels = (("reward_mean",), ("k3_nats_per_token",), ("prob_diff_mean",), ("prob_diff_max", "prob_diff_min"))
+    styles = _styles(sorted({run.arm for run in runs}))
     for panel, names in zip(axes, panels):
         for name in names:
             for arm, series in _series(runs, name).items():
-                _draw(panel, arm, series, label=name == names[0])
+                _draw(panel, arm, series, styles[arm], label=name == names[0])
     axes[0].set(ylabel="training reward", ylim=(0, 1.02))
     axes[1].set(ylabel="k3 (nats per token)", yscale="log")
     axes[2].set(ylabel="mean |π − μ|", yscale="log")
@@ -43,7 +46,7 @@ def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
     axes[3].axhline(0, color="#999999", linewidth=0.8)
     if curve_csv is not None:
         _paper_axis(axes[0], read_curve(curve_csv))
-    axes[0].legend(loc="lower right", ncols=3)
+    axes[0].legend(loc="lower right", ncols=3, fontsize="small")
     return to_svg(figure)
 
 
@@ -67,16 +70,26 @@ def _series(runs: list[Run], name: str) -> dict[str, list[np.ndarray]]:
     return found
 
 
-def _draw(axes, arm: str, series: list[np.ndarray], label: bool) -> None:
-    """An arm in the colour of its precision, the first word of its name; dashed if the name has more words."""
-    precision, *more = arm.split("-")
+def _styles(arms: list[str]) -> dict[str, dict]:
+    """How each arm is drawn: in the colour of its precision, the first word of its name, dashed if the name has more words.
+    Of several such arms of one precision each has a colour of its own."""
+    styles = {}
+    for precision in dict.fromkeys(arm.split("-")[0] for arm in arms):
+        named = [arm for arm in arms if arm.startswith(f"{precision}-")]
+        own = [colour(precision)] if len(named) == 1 else itertools.cycle(MORE_COLOURS)
+        styles |= {arm: {"color": its, "linestyle": "--"} for arm, its in zip(named, own)}
+        styles[precision] = {"color": colour(precision), "linestyle": LINE_STYLES.get(precision, "-")}
+    return styles
+
+
+def _draw(axes, arm: str, series: list[np.ndarray], style: dict, label: bool) -> None:
+    """Every seed as a thin line, their mean as a thick one."""
     for points in series:
-        axes.plot(points[:, 0], points[:, 1], color=colour(precision), linewidth=0.7, alpha=0.45)
+        axes.plot(points[:, 0], points[:, 1], color=style["color"], linewidth=0.7, alpha=0.45)
     length = min(len(points) for points in series)
     mean = np.mean([points[:length, 1] for points in series], axis=0)
-    how = {"color": colour(precision), "linestyle": "--" if more else LINE_STYLES.get(precision, "-"), "linewidth": 2.0}
     text = f"{arm} ({len(series)} seed{'s' if len(series) > 1 else ''})"
-    axes.plot(series[0][:length, 0], mean, label=text if label else None, **how)
+    axes.plot(series[0][:length, 0], mean, label=text if label else None, linewidth=2.0, **style)
 
 
 def _paper_axis(axes, curves: dict[str, np.ndarray]) -> None:
