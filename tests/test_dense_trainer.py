@@ -158,6 +158,16 @@ def test_a_mini_batch_without_any_advantage_says_nothing_about_underflow(model):
     assert set(some) - set(none) == {"grad_underflow_share"} and none["grad_norm"] == 0 and none["step_skipped"] == 0
 
 
+def test_rows_without_an_advantage_do_not_count_as_underflow(model):
+    rows = sequences(8, low=20, high=21)  # of one length: micro-batches keep their order
+    half = np.array([1, -1, 1, -1, 0, 0, 0, 0], np.float32)
+    ours = trainer(model, micro_batch_size=4)
+    with_zeros = ours.update(minibatch(rows, ours.score(rows), half), resolve("GRPO"))
+    alone = trainer(model, micro_batch_size=4)
+    without = alone.update(minibatch(rows[:4], alone.score(rows[:4]), half[:4]), resolve("GRPO"))
+    assert with_zeros["grad_underflow_share"] == without["grad_underflow_share"] < 0.5
+
+
 @pytest.mark.parametrize("precision", [FP16, BF16])
 def test_16_bit_training_keeps_fp32_masters_that_move_below_the_spacing_of_the_format(model, precision):
     ours = trainer(model, precision, optimizer=OPTIMIZER | {"lr": 1e-7})

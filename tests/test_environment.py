@@ -11,7 +11,7 @@ import pytest
 
 from suite import environment
 from suite.environment import can_run, cpu_facts, fingerprint, parse_gpus, visible_gpus
-from suite.settings import Schedule, Train
+from suite.plan import Cell
 
 A100 = {"name": "NVIDIA A100-SXM4-80GB", "memory_gib": 79.2, "driver": "570.1", "compute_capability": "8.0"}
 LAPTOP = {
@@ -36,10 +36,18 @@ def node(count=8, gpu=A100):
     return machine(gpus=[gpu] * count, torch_build="cuda", packages=packages)
 
 
-def task(gpus=8, gib=80, nodes=1, disk=0, cpu_ok=False, protocol="offline_mismatch", engine="vllm", trainer="dense"):
+def task(gpus=8, gib=80, nodes=1, disk=0, cpu_ok=False, protocol="offline_mismatch", engine="vllm", trainer="dense", **arm):
+    """A task of two arms; `arm` holds sections of the second one's settings."""
     resources = SimpleNamespace(gpus=gpus, gpu_mem_gib=gib, nodes=nodes, disk_gib=disk, cpu_ok=cpu_ok)
-    return SimpleNamespace(id="a-task", tier="paper", protocol=protocol, resources=resources,
-                           rollout=SimpleNamespace(engine=engine), train=Train(engine=trainer), schedule=Schedule())
+    plain = {"rollout": {"engine": engine}, "train": {"engine": trainer}, "precision": {"rollout": "bf16"}, "schedule": {}}
+    other = {section: values | arm.get(section, {}) for section, values in plain.items()}
+    cells = [Cell("a-task", 1, name, (), 0, settings) for name, settings in (("bf16", plain), ("bf16-other", other))]
+    return SimpleNamespace(id="a-task", tier="paper", protocol=protocol, resources=resources, cells=cells)
+
+
+@pytest.fixture(autouse=True)
+def planned(monkeypatch):
+    monkeypatch.setattr(environment, "plan", lambda task: task.cells)
 
 
 def test_fingerprint_names_device_sampler_and_torch():
@@ -111,17 +119,14 @@ def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
     ({"train": {"parallel": {"data": 8}}}, "train.parallel (data 8)"),
     ({"train": {"engine": "moe"}}, "train.engine (moe)"),
     ({"schedule": {"eval_every": 5}}, "schedule.eval_every (5)"),
+    ({"precision": {"kv_cache": "fp16"}}, "precision.kv_cache (fp16)"),
 ])  # fmt: skip
-def test_a_setting_that_would_be_ignored_is_refused(settings, named):
-    asked = task(gpus=0)
-    asked.train, asked.schedule = Train(**settings.get("train", {})), Schedule(**settings.get("schedule", {}))
-    assert f"asks for {named}, which this version does not do yet" in can_run(asked, LAPTOP)
+def test_a_setting_that_would_be_ignored_is_refused_even_if_one_arm_alone_has_it(settings, named):
+    assert f"asks for {named}, which this version does not do yet" in can_run(task(gpus=0, **settings), LAPTOP)
 
 
 def test_parallel_settings_of_one_process_are_no_request():
-    asked = task(gpus=0)
-    asked.train = Train(parallel={"data": 1})
-    assert can_run(asked, LAPTOP) is None
+    assert can_run(task(gpus=0, train={"parallel": {"data": 1}}, precision={"kv_cache": "bf16"}), LAPTOP) is None
 
 
 @pytest.mark.parametrize(("name", "bad"), [

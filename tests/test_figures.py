@@ -88,6 +88,13 @@ def test_figure_5_prints_the_slope_and_the_kl_of_the_evidence(drawn, tmp_path):
         assert (y1 - y0) / (x1 - x0) == pytest.approx(e["seq_slope_nats_per_1k_tokens"])
 
 
+def test_a_run_whose_responses_are_all_of_one_length_is_drawn_without_a_slope(drawn, tmp_path):
+    arm = arm_of("bf16", 2.0**-5, tmp_path)
+    arm.estimates.update(seq_slope_nats_per_1k_tokens=None, seq_intercept_nats=None)
+    notes = [text.get_text() for axes in plots.figure5([arm]).axes for text in axes.texts]
+    assert any("slope = none, all lengths are alike" in text for text in notes)
+
+
 def test_the_resolved_figure_has_a_panel_for_each_property_that_was_recorded(drawn, tmp_path):
     arms = [arm_of("bf16", 2.0**-5, tmp_path), arm_of("fp16", 2.0**-8, tmp_path)]
     shown = [axes for axes in plots.resolved(arms).axes if axes.get_visible()]

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from suite.errors import NotRunnable, UserError  # noqa: E402
 from suite.evidence import flat  # noqa: E402
 from suite.plan import Cell  # noqa: E402
 from suite.precision import unsaid_points  # noqa: E402
@@ -69,6 +70,16 @@ def test_one_load_of_vllm_serves_every_seed_and_trainer_of_a_sampler_precision(t
         executed = one.record["precision_executed"]
         assert unsaid_points("offline_mismatch", executed) == [] and executed["sampler_engine"] == "vllm"
         assert one.record["weights"]["sha256"] and one.record["series_summary"]["k3_nats_per_token"] > 0
+
+
+def test_data_or_weights_that_are_not_here_leave_no_failed_and_no_running_record(tmp_path):
+    missing = (("model", {"path": "no/such/folder"}, NotRunnable, {"planned"}),
+               ("data", {"kept": {"path": "no/such.json", "sha256": "0" * 64}}, (NotRunnable, UserError), {"planned", "failed"}))  # fmt: skip
+    for section, change, error, left in missing:
+        chosen = [replace(cell, settings=cell.settings | {section: cell.settings[section] | change}) for cell in cells(("fp16",))]
+        with pytest.raises(error):
+            run(tmp_path / section, chosen)
+        assert {found.status for found in find_runs(tmp_path / section, "t")} <= left, section
 
 
 def test_every_token_has_the_entropy_of_pi_where_it_was_drawn(finished):

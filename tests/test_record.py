@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from suite.errors import UserError
+from suite.errors import NotRunnable, UserError
 from suite.record import (
     EVIDENCE_SCHEMA, Run, check_manifest, find_runs, open_run, read_evidence, read_metrics, read_run, write_json,
 )  # fmt: skip
@@ -154,6 +154,30 @@ def test_a_failed_run_says_why_and_is_resumed(tmp_path):
     assert read_run(writer.folder).record["error"] == {"class": "RuntimeError", "phase": "score", "message": "no room"}
     resumed = begin(tmp_path)
     assert resumed.parts_done == 1 and resumed.record["error"] is None
+
+
+def test_a_run_that_lacks_something_of_this_machine_is_not_a_failed_one(tmp_path):
+    writer = begin(tmp_path)
+    writer.fail("offline", NotRunnable("no weights here"))
+    assert read_run(writer.folder).status == "planned" and not isinstance(begin(tmp_path), Run)
+
+
+def test_a_resume_in_another_environment_keeps_the_first_one(tmp_path):
+    begin(tmp_path).fail("score", RuntimeError("no room"))
+    for _ in range(2):  # the second time nothing is new
+        writer = open_run(tmp_path, OneTask(), OneCell(), {"git": {"revision": "b"}}, "cpu")
+        assert writer.record["environment"] == {"git": {"revision": "b"}}
+        assert writer.record["earlier_environments"] == [{"packages": {}}]
+        writer.close()
+
+
+def test_dtypes_of_two_attempts_that_differ_stand_side_by_side(tmp_path):
+    writer = begin(tmp_path)
+    writer.note_executed({"compute": "bf16", "wire": "bf16"})
+    writer.note_executed({"compute": "fp16", "wire": "bf16", "optimizer_state": "fp32"})
+    expected = {"compute": "bf16+fp16", "wire": "bf16", "optimizer_state": "fp32"}
+    assert read_run(writer.folder).record["precision_executed"] == expected
+    writer.close()
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 import suite.report
 from suite.mismatch import estimates
 from suite.record import find_runs
-from suite.report import points, readme, rows, tables
+from suite.report import points, publishing, readme, rows, tables
 from suite.report.generate import generated_files
 from suite.report.publishing import publish_task, scrub, scrub_text
 from suite.task import load_all, load_task
@@ -110,6 +110,16 @@ def test_scrub_takes_absolute_paths_and_nothing_else(text, expected):
 
 def test_scrub_drops_keys_that_hold_names_at_any_depth():
     assert scrub({"a": [{"hostname": "x", "cores": 2}], "User": "y", "b": 1.5}) == {"a": [{"cores": 2}], "b": 1.5}
+
+
+def test_a_user_who_is_called_like_an_arm_changes_no_cell(monkeypatch):
+    monkeypatch.setattr(publishing, "_own_names", lambda: ["bf16", "desk"])
+    record = {"task": {"id": "desk-tiny"}, "cell": {"arm": "bf16", "path": "/home/desk/x"}, "error": {"message": "desk: no"},
+              "environment": {"user": "desk", "note": "on desk"}}  # fmt: skip
+    assert publishing.scrub_record(record) == {
+        "task": {"id": "desk-tiny"}, "cell": {"arm": "bf16", "path": "<path>/x"}, "error": {"message": "<name>: no"},
+        "environment": {"note": "on <name>"},
+    }  # fmt: skip
 
 
 def test_a_fresh_attempt_is_published_beside_the_first_and_publishing_again_adds_nothing(repo):

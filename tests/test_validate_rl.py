@@ -44,6 +44,18 @@ def test_every_override_of_a_row_can_be_said(tmp_path, algorithm):
     assert errors_of(tmp_path, "threshold", GRADE, "name: GRPO", algorithm) == []
 
 
+@pytest.mark.parametrize("new", ["temperature: 0.6, top_p: 1.0", "temperature: 1.0, top_p: 0.95", "temperature: 1.0, top_p: 1.0, top_k: 20"])
+def test_sampling_that_the_trainer_does_not_know_is_refused(tmp_path, new):
+    name, value = next((part.split(": ") for part in new.split(", ") if part not in ("temperature: 1.0", "top_p: 1.0")))
+    (error,) = errors_of(tmp_path, "threshold", GRADE, "temperature: 1.0, top_p: 1.0", new)
+    assert f"rollout.{name}: found {value}, allowed: {'0' if name == 'top_k' else '1.0'} in protocol rl" in error
+
+
+def test_a_batch_shape_must_be_said(tmp_path):
+    found = errors_of(tmp_path, "threshold", GRADE, "  score_batch_size: 4\n", "")
+    assert any("train.score_batch_size: found 'nothing', allowed: a value (rl needs it)" in line for line in found)
+
+
 def test_an_override_in_an_arm_is_named_there(tmp_path):
     arm = "fp16: {{algorithm: {{cap: 3.0}}, precision"
     found = errors_of(tmp_path, "threshold", GRADE, "fp16: {{precision", arm)

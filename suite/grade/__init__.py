@@ -82,7 +82,7 @@ def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
         "controls": controls,
         "runs": [_run_row(run) for run in everything],
         "environment": environment,
-        "suite": _suite_block(environment),
+        "suite": _suite_block(everything),
     }
 
 
@@ -254,10 +254,20 @@ def _run_row(run) -> dict:
     }
 
 
-def _suite_block(environment: dict) -> dict:
-    """Which revision of the suite made the records: from them, so that a verdict can be recomputed anywhere."""
-    git = environment.get("git") or {}
-    return {"version": suite.__version__, "commit": git.get("revision"), "dirty": git.get("dirty")}
+def _suite_block(runs: list) -> dict:
+    """Which revisions of the suite made the records: from them, so that a verdict can be recomputed anywhere. `commit` is
+    that of the first run, `commits` are all of them; dirty if any had changes."""
+    records = [run.record for run in runs]
+    environments = [env for r in records for env in (r.get("environment"), *r.get("earlier_environments", [])) if env]
+    states = [env.get("git") or {} for env in environments]
+    commits = list(dict.fromkeys(state.get("revision") for state in states))
+    dirty = [state.get("dirty") for state in states]
+    return {
+        "version": suite.__version__,
+        "commit": commits[0] if commits else None,
+        "commits": sorted(filter(None, commits)),
+        "dirty": None if not any(known is not None for known in dirty) else any(dirty),
+    }
 
 
 def _place(run) -> tuple:

@@ -11,7 +11,7 @@ from suite.task import axis_label
 
 
 def arm_metrics(task, runs: list) -> list[dict]:
-    """One row per arm and grid point with a finished run: {arm, at, num_launches, values: {metric: mean over launches}}.
+    """One row per arm and grid point with a finished run: {arm, at, num_launches, values: {metric: mean over its runs}}.
 
     The value of a launch is that of the whole run where records hold one (all tokens pooled), else the mean over its
     iterations; None where no launch has one.

@@ -129,7 +129,8 @@ def _finding(evidence: Evidence, control, arms: list[list]):
 
 def _drift_window(control, runs: list) -> int:
     """The first and the last quarter of the series, unless the control says otherwise."""
-    return control.window or max(1, min(len(run.metrics) for run in runs) // 4)
+    lengths = [len(run.metrics) for run in runs if run.status in FINISHED]
+    return control.window or max(1, min(lengths, default=0) // 4)
 
 
 def unfinished(runs: list) -> list:

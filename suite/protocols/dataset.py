@@ -13,6 +13,7 @@ from typing import Any
 
 from suite.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
 from suite.estimands import PROMPT_LIMIT_TOKENS
+from suite.task import find_repo
 from suite.workers import Workers, boxed
 
 def run(cells: list, session) -> None:
@@ -134,7 +135,7 @@ def measure_tokens(rows: list[Row], tokenizer_file: Path | None) -> dict[str, fl
 def find_tokenizer(model_path: str | None, hub_id: str | None) -> Path | None:
     """tokenizer.json beside the weights at `model_path`, or in the local hub cache, or None. Never downloads."""
     if model_path:
-        file = Path(model_path) / "tokenizer.json"
+        file = find_repo() / Path(model_path).expanduser() / "tokenizer.json"
         return file if file.is_file() else None
     try:
         from huggingface_hub import try_to_load_from_cache

@@ -61,8 +61,20 @@ class Engines:
         return self._trainers[key]
 
     def new_trainer(self, cell: Cell):
-        """A trainer at the checkpoint's weights, for a run that will change them."""
-        return load_trainer(self.folder, cell.settings["train"], cell.settings["precision"], cell.get("rollout.temperature"))
+        """A trainer at the checkpoint's weights, for a run that will change them; the one before is closed, so that two
+        never share the memory."""
+        if "changing" in self._trainers:
+            self._trainers.pop("changing").close()
+        settings = cell.settings
+        trainer = load_trainer(self.folder, settings["train"], settings["precision"], cell.get("rollout.temperature"))
+        self._trainers["changing"] = trainer
+        return trainer
+
+    def scorable(self, rollouts: list[Rollout]) -> list[tuple[list[int], int]]:
+        """(token_ids, num_prompt_tokens) of what a sampler can score of these rollouts: vLLM wants room for one more token."""
+        room = (self._cell.get("rollout.max_model_len", None) or 10**9) - 1
+        cut = [(rollout.token_ids[:room], len(rollout.request.prompt_token_ids)) for rollout in rollouts]
+        return [(tokens, num_prompt) for tokens, num_prompt in cut if len(tokens) > num_prompt]
 
     @property
     def samples_per_prompt(self) -> int:

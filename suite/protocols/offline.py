@@ -48,30 +48,33 @@ class Launch:
 
 def run(cells: list[Cell], session: Session) -> None:
     for group in group_cells(cells, SAMPLER_SETTINGS):
-        launches = [_open_launch(launch, session) for launch in group_cells(group, ("seed", "data"))]
-        engines = Engines(group[0])
+        writers, engines = [], Engines(group[0])
         try:
+            launches = [_open_launch(launch, session, writers) for launch in group_cells(group, ("seed", "data"))]
             for index in range(max(len(launch.batches) for launch in launches)):
                 _run_batch(index, [launch for launch in launches if launch.behind(index)], engines, session)
             for launch in launches:
                 for cell, writer in launch.writers:
                     _finish(writer, scored=session.task.protocol == "offline_mismatch")
         except BaseException as error:
-            for writer in (writer for launch in launches for _, writer in launch.writers if writer.is_open):
-                writer.fail("offline", error)
+            for writer in writers:
+                if writer.is_open:
+                    writer.fail("offline", error)
             raise
         finally:
             engines.close()
 
 
-def _open_launch(cells: list[Cell], session: Session) -> Launch:
+def _open_launch(cells: list[Cell], session: Session, opened: list[RunWriter]) -> Launch:
+    """Every writer is put into `opened` too, as soon as it exists: whoever opened it must close it."""
     writers = []
     for cell in cells:
-        opened = session.open_cell(cell)
-        if isinstance(opened, Run):
+        writer = session.open_cell(cell)
+        if isinstance(writer, Run):
             session.progress(cell.name, 1, 1, "complete already")
         else:
-            writers.append((cell, opened))
+            opened.append(writer)
+            writers.append((cell, writer))
     cell = cells[0]
     prompts = load_prompts(cell.settings["data"], cell.seed)[: session.limit] if writers else []
     size = cell.get("rollout.prompts_per_batch") or DEFAULT_PROMPTS_PER_BATCH
@@ -108,10 +111,10 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
         evidence = evidence_table(rollouts, logprobs, step=index, rewards=rewards, trainer_entropies=entropies)
         row = _metrics(index, evidence, has_trainer=trainer is not None)
         if trainer and index == 0:
-            row |= _full_vocabulary(sequences[:NUM_FULL_SEQUENCES], engines, trainer)
+            row |= _full_vocabulary(engines.scorable(rollouts[:NUM_FULL_SEQUENCES]), engines, trainer)
         writer.append(row | seconds, evidence)
-        executed = engines.sampler.executed() | (trainer.executed() if trainer else {})
-        writer.update(precision_executed=executed, weights=engines.weights)
+        writer.note_executed(engines.sampler.executed() | (trainer.executed() if trainer else {}))
+        writer.update(weights=engines.weights)
 
 
 def _full_vocabulary(sequences: list, engines: Engines, trainer) -> dict:

@@ -17,6 +17,7 @@ run that was killed goes on from its last checkpoint and ends with the same seri
 from __future__ import annotations
 
 import math
+import shutil
 import time
 
 import numpy as np
@@ -29,7 +30,7 @@ from suite.data import Prompt, load_prompts
 from suite.errors import UserError
 from suite.evidence import flat, num_response_tokens, summarise
 from suite.losses import advantages
-from suite.mismatch import concat_sums, estimates, token_statistics
+from suite.mismatch import estimates, token_statistics
 from suite.plan import Cell
 from suite.precision import Precision
 from suite.protocols import Session
@@ -113,8 +114,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         row |= _training(updates) | {"sync_probe_k3": gap.k3, "sync_probe_logprob_diff_mean": gap.logprob_diff_mean}
         clock.lap("t_rest_s")
         writer.append(row | clock.laps, evidence)
-        executed = sampler.executed() | trainer.executed() | {"wire": travelled}
-        writer.update(precision_executed=executed)
+        writer.note_executed(sampler.executed() | trainer.executed() | {"wire": travelled})
         if (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps:
             save_checkpoint(writer.folder / "checkpoint", step + 1, trainer.state_dict())
         session.progress(cell.name, step + 1, num_steps, f"reward {row['reward_mean']:.3f}, k3 {row['k3_nats_per_token']:.1e}")
@@ -160,9 +160,15 @@ def _prompts_of_step(prompts: list[Prompt], num: int, step: int, seed: int) -> l
 
 def _mismatch(step: int, rollouts: list[Rollout], evidence) -> dict:
     """The part of a step's metrics that exists before any update."""
-    logprobs = np.concatenate([rollout.rollout_logprobs for rollout in rollouts]).astype(np.float64)
+    logprobs = flat(evidence, "rollout_logprobs")
     counts = {"step": step, "num_rollouts": len(rollouts), "num_response_tokens": int(logprobs.size)}
-    return counts | estimates(summarise(evidence)) | {"entropy_nats": float(-logprobs.mean()) if logprobs.size else None}
+    values = estimates(summarise(evidence)) | _token_statistics(evidence)
+    return counts | values | {"entropy_nats": float(-logprobs.mean()) if logprobs.size else None}
+
+
+def _token_statistics(evidence) -> dict:
+    logprobs = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
+    return token_statistics(*logprobs, num_response_tokens(evidence))
 
 
 def _shuffled(rewards: list[float], seed: int, step: int) -> list[float]:
@@ -192,8 +198,9 @@ def _minibatches(prompts: list[Prompt], rollouts: list[Rollout], num: int, seed:
     return [[i for place in part for i in groups[prompts[place].prompt_id]] for part in parts]
 
 
-MEANS = ("loss", "grad_norm", "grad_underflow_share", "clip_fraction", "importance_weight_mean", "effective_sample_size",
-         "truncated_fraction", "masked_fraction")  # fmt: skip
+# Not the effective sample size: that of a step is of the weights before its update, as offline.
+MEANS = ("loss", "grad_norm", "grad_underflow_share", "clip_fraction", "importance_weight_mean", "truncated_fraction",
+         "masked_fraction")  # fmt: skip
 MAXIMA = ("importance_weight_max", "activation_max_abs", "grad_scaled_max_abs")
 
 
@@ -212,12 +219,15 @@ def _training(updates: list[dict[str, float]]) -> dict[str, float]:
 def _probe(prompts: list[Prompt], engines: Engines, precision: str) -> Probe:
     """Fixed sequences: the sampler's own rollouts of the first problems, before any training."""
     rollouts = engines.sampler.sample(engines.requests(prompts[:NUM_PROBE_PROMPTS], "probe"))[:: engines.samples_per_prompt]
-    return Probe([(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts], precision)
+    sequences = engines.scorable(rollouts)
+    if not sequences:
+        raise UserError("rollout.max_model_len: none of the first problems leaves room for a response of two tokens")
+    return Probe(sequences, precision)
 
 
 def _finish(writer: RunWriter, diverged: bool) -> None:
     evidence = read_evidence(writer.folder)
-    sums = concat_sums([summarise(evidence)])
+    sums = summarise(evidence)
     counts = {
         "num_prompts": len(sums["prompt_id"]),
         "num_rollouts": evidence.num_rows,
@@ -225,6 +235,6 @@ def _finish(writer: RunWriter, diverged: bool) -> None:
         "num_steps": len(writer.metrics),
         "num_skipped_steps": sum(row["step_skipped"] for row in writer.metrics),
     }
-    tokens = token_statistics(flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs"), num_response_tokens(evidence))
     status = "diverged" if diverged else "success"
-    writer.finish(status, summary=sums, counts=counts, series_summary=estimates(sums) | tokens)
+    writer.finish(status, summary=sums, counts=counts, series_summary=estimates(sums) | _token_statistics(evidence))
+    shutil.rmtree(writer.folder / "checkpoint", ignore_errors=True)  # it was there to resume

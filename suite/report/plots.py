@@ -80,12 +80,12 @@ def _rl(runs: list[Run]) -> list[Figure]:
     chosen = [
         r
         for r in runs
-        if not r.is_control and r.metrics and "reward_mean" in r.metrics[0] and "grad_norm" in r.metrics[0]
+        if not r.is_control and r.metrics and r.record["cell"]["settings"].get("schedule")
     ]
     if not chosen:
         return []
-    algorithm = (chosen[0].record["cell"]["settings"].get("algorithm") or {}).get("name") or ""
-    curve = paper_curve(algorithm)
+    algorithms = {(r.record["cell"]["settings"].get("algorithm") or {}).get("name") or "" for r in chosen}
+    curve = paper_curve(*algorithms) if len(algorithms) == 1 else None
     text = "Training reward, mismatch before each update, and the largest probability differences, per iteration."
     text += " Dotted: the paper's smoothed curve, on the upper axis." if curve else ""
     return [Figure("training", plot_rl(chosen, curve), text)]
@@ -158,10 +158,10 @@ def _sequence_panel(axes, arm: Arm, limits) -> None:
     axes.axhline(0, color="#999999", linewidth=0.8, zorder=1)
     dots(axes, length, sequences["seq_log_ratio"], colour(arm.precision), size=2.6, alpha=0.65)
     ends = np.array([length.min(), length.max()])
-    axes.plot(
-        ends, e["seq_intercept_nats"] + e["seq_slope_nats_per_1k_tokens"] * ends, color="black", linewidth=1.4, zorder=4
-    )
-    note(axes, f"slope = {_signed(e['seq_slope_nats_per_1k_tokens'])} nats per 1K tokens\n"
+    slope = e["seq_slope_nats_per_1k_tokens"]
+    if slope is not None:
+        axes.plot(ends, e["seq_intercept_nats"] + slope * ends, color="black", linewidth=1.4, zorder=4)
+    note(axes, f"slope = {'none, all lengths are alike' if slope is None else _signed(slope) + ' nats per 1K tokens'}\n"
                f"KL[μ|π] = {_signed(e['seq_kl_k1_nats'])} nats/sequence\n{arm.num_sequences:,} responses")  # fmt: skip
 
 

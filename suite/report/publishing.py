@@ -46,22 +46,31 @@ def publish_task(task, runs_dir: Path, results_dir: Path) -> list[Path]:
     return [folder for folder in folders if _seal(task, folder)]
 
 
-def scrub(value):
-    """The same JSON value without absolute paths, host names and user names.
+_FREE_TEXT = ("environment", "earlier_environments", "error", "recovered", "diverged")  # of a record: may name a machine
+
+
+def scrub_record(record: dict) -> dict:
+    """A record without absolute paths, and without host and user names where text of the machine's own can stand; never
+    elsewhere, since a user may well be called like an arm or a task."""
+    return {key: scrub(value, names=key in _FREE_TEXT) for key, value in record.items()}
+
+
+def scrub(value, names: bool = True):
+    """The same JSON value without absolute paths and, with `names`, without host and user names.
 
     An absolute path keeps its last component ("<path>/name"); keys that only hold such names are dropped.
     """
     if isinstance(value, dict):
-        return {scrub(k): scrub(v) for k, v in value.items() if str(k).lower() not in _PRIVATE_KEYS}
+        return {scrub(k, names): scrub(v, names) for k, v in value.items() if str(k).lower() not in _PRIVATE_KEYS}
     if isinstance(value, (list, tuple)):
-        return [scrub(item) for item in value]
-    return scrub_text(value) if isinstance(value, str) else value
+        return [scrub(item, names) for item in value]
+    return scrub_text(value, names) if isinstance(value, str) else value
 
 
-def scrub_text(text: str) -> str:
+def scrub_text(text: str, names: bool = True) -> str:
     text = _ABSOLUTE.sub(_last_component, text)
     text = _WINDOWS.sub(_last_component, text)
-    for name in _own_names():
+    for name in _own_names() if names else ():
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<name>", text)
     return text
 
@@ -97,7 +106,7 @@ def compute_verdict(task, fingerprint: str, results_dir: Path) -> dict:
     from suite.grade import grade_task
 
     others = {need: published_runs(results_dir, need, fingerprint) for need in task.needs}
-    return scrub(grade_task(task, published_runs(results_dir, task.id, fingerprint), others or None))
+    return grade_task(task, published_runs(results_dir, task.id, fingerprint), others or None)
 
 
 def _publishable(task, runs_dir: Path) -> list[Run]:
@@ -115,7 +124,7 @@ def _drop_other_versions(folder: Path, version: int) -> None:
 
 def _publish_run(run: Run, folder: Path) -> Path:
     """Write one run into the folder of its fingerprint, under the first attempt name that is free or its own."""
-    record = scrub(run.record)
+    record = scrub_record(run.record)
     first = folder / record["cell"]["name"] / record["run_key"][:12]
     target, attempt = first, 1
     while (target / "record.json").exists() and not _same_run(target, record):
@@ -149,7 +158,7 @@ def _zipped_metrics(folder: Path) -> bytes:
     text = (
         gzip.decompress(zipped.read_bytes()).decode() if zipped.exists() else path.read_text() if path.exists() else ""
     )
-    lines = [json.dumps(scrub(json.loads(line)), sort_keys=True) + "\n" for line in text.splitlines()]
+    lines = [json.dumps(scrub(json.loads(line), names=False), sort_keys=True) + "\n" for line in text.splitlines()]
     return gzip.compress("".join(lines).encode(), compresslevel=9, mtime=0)
 
 

@@ -159,7 +159,8 @@ class DenseTrainer:
         """One gradient step on a mini-batch: forward and backward in micro-batches, then unscale, check, clip, step.
 
         Returns the metrics of the step, named as in metrics.jsonl. A loss or gradient that is not finite skips the step.
-        A mini-batch without any advantage has a gradient of exactly 0, which says nothing about underflow: it reports none.
+        Rows without any advantage have a gradient of exactly 0, which says nothing about underflow: a micro-batch of such
+        rows does not count towards its share, and a mini-batch of them reports none.
         """
         size = self._train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE
         order = sorted(range(len(batch.sequences)), key=lambda i: (len(batch.sequences[i][0]), i))
@@ -171,16 +172,17 @@ class DenseTrainer:
                 rows = batch.rows(order[start : start + size])
                 output = self._loss(rows, algorithm, len(batch.sequences), batch.num_response_tokens)
                 self.scaler.scale(output.loss).backward()
-                underflow.append(underflow_share(self._model))
+                if rows.advantages.any():
+                    underflow.append((underflow_share(self._model), len(rows.sequences)))
                 self.masters.collect()
                 total += output.loss.item()
                 statistics = output.statistics if statistics is None else statistics + output.statistics
         self._model.eval()
-        report = {"loss": total, "activation_max_abs": self._watch.largest, "grad_underflow_share": float(np.mean(underflow))}
-        report |= statistics.metrics() | self.masters.step(self.scaler, self._train.get("grad_clip"))
-        if not batch.advantages.any():
-            del report["grad_underflow_share"]
-        return report
+        report = {"loss": total, "activation_max_abs": self._watch.largest}
+        if underflow:
+            shares, num_rows = zip(*underflow)
+            report["grad_underflow_share"] = float(np.average(shares, weights=num_rows))
+        return report | statistics.metrics() | self.masters.step(self.scaler, self._train.get("grad_clip"))
 
     def _loss(self, rows: MiniBatch, algorithm: Algorithm, num_sequences: int, num_tokens: int):
         padded = pad_sequences(rows.sequences, len(rows.sequences))
@@ -243,7 +245,8 @@ class DenseTrainer:
         return points
 
     def close(self) -> None:
-        self._model = None
+        """Give the memory of model, masters and optimizer back."""
+        self._model = self.masters = None
 
 
 def _dtypes(tensors) -> str:
