@@ -62,11 +62,6 @@ class Algorithm:
         """True if the loss uses pi(theta'): one more forward pass per rollout batch (about +25 % training cost)."""
         return self.ratio_level != "none" or self.weight == "old/rollout"
 
-    @property
-    def needs_rollout_logprobs(self) -> bool:
-        """True if the loss uses mu; the suite keeps mu for every row anyway, since the mismatch is measured from it."""
-        return self.weight != "none"
-
     def settings(self) -> dict:
         """Every choice of the row by name, prose left out: what a record stores as the algorithm that ran."""
         described = ("formula", "source")

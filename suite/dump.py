@@ -36,11 +36,11 @@ import numpy as np
 
 from suite.dump_rows import Rollout, check_row, read_rows, row_error
 from suite.errors import TaskError, UserError
+from suite.grade.launches import OFFLINE
 from suite.mismatch import concat_sums, estimates, prompt_sums, token_statistics
 from suite.record import RECORD_SCHEMA, Run, sha256_file
 from suite.task import Task, axis_label
 
-PROTOCOLS = ("offline_mismatch", "offline_accuracy")
 FLUSH_TOKENS = 500_000  # tokens held before they are folded into sums
 # Up to this many, quantiles and sequence weights are given too; beyond, only what sums can give.
 KEPT_TOKENS = 20_000_000
@@ -132,9 +132,9 @@ class CellSums:
 def runs_of_dump(task: Task, path: Path) -> list[Run]:
     """One Run per (arm, grid point, seed) of the file, sorted. Memory is bounded by prompts and rollouts, not by
     tokens."""
-    if task.protocol not in PROTOCOLS:
+    if task.protocol not in OFFLINE:
         raise UserError(
-            f"{task.id}: --evidence grades tasks of protocol {' or '.join(PROTOCOLS)}; this one is {task.protocol!r}"
+            f"{task.id}: --evidence grades tasks of protocol {' or '.join(OFFLINE)}; this one is {task.protocol!r}"
         )
     cells, rewarded_only = _gather(task, path), any(g.estimand == "reward_mean" for g in task.grade.values())
     if not cells:

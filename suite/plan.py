@@ -134,7 +134,7 @@ def differing_paths(left: dict, right: dict, prefix: str = "") -> list[str]:
 def one_factor_errors(task: Task) -> list[TaskError]:
     """Arms that differ outside `vary`, and arms that do not differ at all."""
     file = task.file
-    arms = {arm: resolve(task, task.arms.get(arm, {}), key=f"arms.{arm}") for arm in _arms_resolvable(task)}
+    arms = {arm: resolve(task, task.arms.get(arm, {}), key=f"arms.{arm}") for arm in task.arms}
     errors = []
     for (first, left), (second, right) in itertools.combinations(arms.items(), 2):
         paths = differing_paths(left, right)
@@ -148,13 +148,6 @@ def one_factor_errors(task: Task) -> list[TaskError]:
                 TaskError(file, f"arms.{second}", f"the settings of {first}", "arms that differ", "use a control-aa")
             )
     return errors
-
-
-def check_one_factor(task: Task) -> None:
-    """Raises TaskErrors if arms differ in anything but the paths in `vary`."""
-    errors = one_factor_errors(task)
-    if errors:
-        raise TaskErrors(errors)
 
 
 def read_path(settings: dict, path: str, default: Any = _MISSING) -> Any:
@@ -175,10 +168,6 @@ def read_path(settings: dict, path: str, default: Any = _MISSING) -> Any:
 
 def _cell(task: Task, arm: str, point, seed: int, settings: dict, is_control: bool = False) -> Cell:
     return Cell(task.id, task.version, arm, point, seed, settings, is_control)
-
-
-def _arms_resolvable(task: Task) -> tuple[str, ...]:
-    return tuple(task.arms) if task.arms else ()
 
 
 def _resolved_arms(task: Task):

@@ -6,7 +6,7 @@ Formats (Table 1 of the paper): fp16 has 5 exponent and 10 mantissa bits (spacin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 DTYPES = ("fp32", "bf16", "fp16")
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -50,9 +50,6 @@ class Precision:
     def coarser(self) -> str:
         """Of sampler and trainer, the one with fewer mantissa bits."""
         return max(self.rollout, self.train, key=("fp32", "fp16", "bf16").index)
-
-    def describe(self) -> str:
-        return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
 
 
 # which executed point must equal which asked point

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 LETTERS = {"PASS": ".", "FAIL": "F", "INCONCLUSIVE": "?", "NOT_RUN": "n", "INVALID": "I", "ERROR": "E"}
-# Several fingerprints: the item shows the verdict that comes first here, which is the order in which a task is judged.
+# Several fingerprints: the item shows the verdict that comes first here; what one machine could not run weighs little.
 GRAVITY = ("INVALID", "ERROR", "FAIL", "INCONCLUSIVE", "NOT_RUN", "PASS")
 FAILS_SESSION = ("FAIL", "INVALID", "ERROR")
 _LAST_LINE = re.compile(r"^VERDICT task=(\S+) verdict=(\S+)", re.MULTILINE)

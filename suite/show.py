@@ -11,6 +11,7 @@ from rich.table import Table
 
 from suite.errors import UserError
 from suite.grade.arms import arm_label
+from suite.grade.judge import short
 from suite.plan import Cell, arm_names, plan
 from suite.strict_yaml import TaskErrors, read_yaml
 from suite.task import Claim, Contrast, Task, axis_label
@@ -281,8 +282,8 @@ def region_text(bounds) -> str:
 
 
 def number_text(value) -> str:
-    """Four significant digits; nothing for null."""
-    return "" if value is None else f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+    """Four significant digits, counts in full; nothing for null."""
+    return "" if value is None else short(value) if isinstance(value, (int, float)) else str(value)
 
 
 def value_text(value) -> str:

@@ -113,27 +113,6 @@ def launch_interval(
     return Interval(float(values[0]), lo, hi, "within_run", int(values.size)) if lo < hi else None
 
 
-def pair_by_seed(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Seeds that both arms have, sorted, and the two arms' values in that order."""
-    seeds = sorted(a.keys() & b.keys())
-    return seeds, np.array([a[s] for s in seeds], dtype=np.float64), np.array([b[s] for s in seeds], dtype=np.float64)
-
-
-def paired_ratio(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.90) -> Interval | None:
-    """Geometric mean of a/b over seeds with a t interval on the log scale. None if fewer than two pairs or one is not
-    positive."""
-    _, x, y = pair_by_seed(a, b)
-    if x.size < 2 or not ((x > 0) & (y > 0)).all():
-        return None
-    return student_t_interval(x / y, level, "log")
-
-
-def paired_difference(a: Mapping[int, float], b: Mapping[int, float], level: float = 0.90) -> Interval | None:
-    """Mean of a - b over seeds with a t interval. None if fewer than two pairs."""
-    _, x, y = pair_by_seed(a, b)
-    return student_t_interval(x - y, level, "identity")
-
-
 def one_against_many(one: float, many: Sequence[float], level: float = 0.90) -> Interval | None:
     """many / one (geometric mean) with a t interval on the log scale, if all come from one distribution: the spread of
     `many` is taken for that of `one` too. For an A/A control of one launch. None with fewer than two launches in
@@ -215,18 +194,6 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.90) -> Interva
     lo = float(scipy_stats.beta.ppf(tail, successes, trials - successes + 1)) if successes else 0.0
     hi = float(scipy_stats.beta.ppf(1 - tail, successes + 1, trials - successes)) if successes < trials else 1.0
     return Interval(successes / trials, lo, hi, "clopper_pearson", trials)
-
-
-def wilson(successes: int, trials: int, level: float = 0.90) -> Interval | None:
-    """Score interval for a share: shorter than Clopper-Pearson and close to nominal on average; for display. None
-    without a trial."""
-    _check_share(successes, trials)
-    if trials == 0:
-        return None
-    z, p = float(scipy_stats.norm.ppf(0.5 + level / 2)), successes / trials
-    centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), "wilson", trials)
 
 
 def _check_share(successes: int, trials: int) -> None:
@@ -325,22 +292,6 @@ def _series(steps, values) -> tuple[np.ndarray, np.ndarray]:
     if (np.diff(steps) <= 0).any():
         raise ValueError("steps must increase")
     return steps, values
-
-
-def censored_median(times: Sequence[EventTime]) -> float | None:
-    """Median event time of launches seen to one horizon; None (beyond the horizon) if half of them or more are
-    censored.
-
-    ValueError if horizons differ and a launch is censored: both arms must run to the same horizon to be compared.
-    """
-    if not times:
-        return None
-    if any(t.censored for t in times) and len({t.horizon for t in times}) > 1:
-        raise ValueError(f"censored times with different horizons: {sorted({t.horizon for t in times})}")
-    ordered = sorted(math.inf if t.censored else float(t.step) for t in times)
-    n = len(ordered)
-    median = ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2
-    return None if math.isinf(median) else median
 
 
 # ---- what a design can decide --------------------------------------------------------------------------------------

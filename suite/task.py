@@ -238,10 +238,6 @@ class Task(Strict):
             name: None if (part := getattr(self, name)) is None else part.model_dump(mode="json") for name in SECTIONS
         }
 
-    def claim(self, claim_id: str) -> Claim:
-        """The claim of that id; KeyError otherwise."""
-        return {claim.id: claim for claim in self.claims}[claim_id]
-
 
 def json_schema() -> str:
     """The JSON Schema of a task file, for editors: `python -m suite.task > tasks/schema.json`; a test keeps the file

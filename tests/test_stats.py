@@ -82,25 +82,6 @@ def test_launches_that_agree_exactly_fall_back_to_the_within_launch_interval():
     assert stats.launch_interval([0.5, 0.6], within).method == "student_t"
 
 
-def test_pairs_are_matched_by_seed_not_by_order():
-    a, b = {0: 2.0, 1: 8.0, 7: 1.0}, {1: 4.0, 0: 0.5}
-    seeds, x, y = stats.pair_by_seed(a, b)
-    assert seeds == [0, 1] and x.tolist() == [2.0, 8.0] and y.tolist() == [0.5, 4.0]
-    assert stats.paired_ratio(a, b).estimate == pytest.approx(math.sqrt(4 * 2))
-    assert stats.paired_difference(a, b).estimate == pytest.approx((1.5 + 4.0) / 2)
-    assert stats.paired_ratio({0: 1.0}, {0: 2.0}) is None
-    assert stats.paired_ratio({0: 1.0, 1: -1.0}, {0: 2.0, 1: -3.0}) is None
-
-
-def test_pairing_removes_what_the_seeds_share():
-    rng = np.random.default_rng(0)
-    common = rng.normal(0, 3, 5)
-    a = {i: float(np.exp(c + 1.0 + e)) for i, (c, e) in enumerate(zip(common, rng.normal(0, 0.01, 5)))}
-    b = {i: float(np.exp(c)) for i, c in enumerate(common)}
-    interval = stats.paired_ratio(a, b)
-    assert interval.lo < math.e < interval.hi and interval.hi / interval.lo < 1.05
-
-
 def test_bootstrap_of_a_mean_matches_its_standard_error():
     rng = np.random.default_rng(1)
     x = rng.normal(5, 1, 400)
@@ -159,13 +140,6 @@ def test_clopper_pearson_tails_are_exact():
     assert (upper_tail, lower_tail) == (pytest.approx(0.05), pytest.approx(0.05))
 
 
-def test_wilson_solves_the_score_equation():
-    interval = stats.wilson(7, 20)
-    for p in (interval.lo, interval.hi):
-        assert (0.35 - p) ** 2 == pytest.approx(1.6448536**2 * p * (1 - p) / 20)
-    assert stats.wilson(0, 10).lo == 0.0 and stats.wilson(0, 0) is None
-
-
 def test_collapse_is_found_at_the_first_held_mean():
     values = [0.5, 0.6, 0.7, 0.7, 0.5, 0.5, 0.5, 0.5]
     # window means .55 .65 .70 .60 .50 .50 .50 end at steps 10 20 30 40 50 60 70; peak .70
@@ -215,16 +189,6 @@ def test_series_must_be_in_order():
         stats.first_passage([0, 2, 1], [1, 1, 1], 0.5, 1)
     with pytest.raises(ValueError, match="one length"):
         stats.collapse_time([0, 1], [1, 1, 1], 0.1, 1, 1)
-
-
-def test_censored_median():
-    at = lambda step: stats.EventTime(step, 100, "drop" if step else "censored")  # noqa: E731
-    assert stats.censored_median([at(10), at(30), at(None)]) == 30
-    assert stats.censored_median([at(10), at(None), at(None)]) is None
-    assert stats.censored_median([at(10), at(20), at(None), at(None)]) is None
-    assert stats.censored_median([]) is None
-    with pytest.raises(ValueError, match="horizons"):
-        stats.censored_median([at(10), stats.EventTime(None, 50, "censored")])
 
 
 @pytest.mark.parametrize("mean, accept", [(0.0, (-1.5, 1.5)), (1.0, (0.0, None)), (3.0, (-1.0, 1.0))])

@@ -14,11 +14,8 @@ import shlex
 from pathlib import Path
 
 from suite import environment
-from suite.bench import rl_step, scoring
-from suite.bench.tables import markdown, terminal
+from suite.bench.tables import BENCHES, markdown, terminal
 from suite.record import write_atomic
-
-BENCHES = {"scoring": scoring, "rl": rl_step}
 
 
 def run(names: list[str], *, vocabularies: list[int] | None = None, sizes: list[str] | None = None, out: Path) -> int:

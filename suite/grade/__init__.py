@@ -44,7 +44,6 @@ SCHEMA = 1
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 10, "ERROR": 11, "NOT_RUN": 12, "INVALID": 13}
 ORDER = ("INVALID", "ERROR", "NOT_RUN", "FAIL", "INCONCLUSIVE", "PASS")
 WEAK_TOLERANCE = "P5"
-FALSE_PASS_RATE = 0.05
 
 
 def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
@@ -112,21 +111,6 @@ def verdict_line(verdict: dict, path: Path | str) -> str:
     return (
         f"VERDICT task={verdict['task']} verdict={verdict['verdict']} claims={passed}/{len(graded)} verdict_file={path}"
     )
-
-
-def summarise_headline(verdicts: list[dict]) -> str:
-    """ "k PASS, m FAIL, j INCONCLUSIVE, u NOT_RUN of N claims", and how many passes chance alone would give at most.
-
-    A claim that does not hold passes with probability 5 % at most; counts are exact and have no such error.
-    """
-    rows = [row for verdict in verdicts for row in verdict["claims"] if row["kind"] != "report"]
-    words = [row["verdict"] for row in rows]
-    parts = [f"{words.count(word)} {word}" for word in ("PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN")]
-    parts += [f"{words.count(word)} {word}" for word in ("INVALID", "ERROR") if word in words]
-    chance = FALSE_PASS_RATE * sum(
-        row["kind"] != "count" and row["verdict"] in ("PASS", "FAIL", "INCONCLUSIVE") for row in rows
-    )
-    return f"{', '.join(parts)} of {len(rows)} claims; by chance alone at most {chance:.2g} false passes expected"
 
 
 def _grade_claim(

@@ -15,7 +15,6 @@ from suite.grade.launches import FINISHED, arm_runs, launches, scale_of, skipped
 
 NOT_REPRODUCED = "not_reproduced_on_this_hardware"
 MOST_SKIPPED = 0.05  # share of skipped steps after warm-up above which a run cannot pass as stable
-EVENT_ACCEPT = {"collapses": (0.5, 1.0), "stable": (0.0, 0.5)}
 Region = tuple[float | None, float | None]
 Compared = tuple[Finding, Region]
 
@@ -57,18 +56,13 @@ def findings_of(evidence: Evidence, claim, grade) -> list[Compared]:
     found = {name: launches(evidence.task.protocol, evidence.arm(name, grade.at), grade) for name in contrast.names}
     arms = [found[name] for name in contrast.names]
     if contrast.form == "order":
-        return _in_order(found, claim, grade, levels)
+        return _in_order(found, grade, levels)
     label = {"arm": "{0}", "ratio": "{0} / {1}", "difference": "{0} - {1}"}[contrast.form].format(*contrast.names)
     if claim.kind == "count" or (grade.interval and grade.interval.method == "exact"):
         return [(contrasts.exact(label, arms[0]), grade.accept)]
     if claim.kind == "event" and grade.reducer != "time_to_event":
-        one = contrast.form == "arm"
-        shares = (
-            contrasts.share_of_seeds(label, arms[0], levels)
-            if one
-            else contrasts.difference_of_shares(label, *arms, levels)
-        )
-        return [(shares, grade.accept or (EVENT_ACCEPT[grade.event.expect] if one else None))]
+        shares = contrasts.share_of_seeds if contrast.form == "arm" else contrasts.difference_of_shares
+        return [(shares(label, *arms, levels), grade.accept)]
     if contrast.form == "arm":
         return [(contrasts.level_of(label, arms[0], grade, levels), grade.accept)]
     return [(contrasts.contrast_of(label, contrast.form, *arms, grade, levels), grade.accept)]
@@ -92,10 +86,10 @@ def order_regions(num_arms: int, margin: float, form: str) -> list[Region]:
     return [(apart if i in (0, num_arms - 2) else tied, None) for i in range(num_arms - 1)]
 
 
-def _in_order(found: dict, claim, grade, levels: Levels) -> list[Compared]:
+def _in_order(found: dict, grade, levels: Levels) -> list[Compared]:
     form, names = order_form(grade), grade.contrast.names
     sign = {"ratio": "/", "difference": "-"}[form]
-    pairs = list(itertools.pairwise(names) if claim.kind != "equivalence" else itertools.combinations(names, 2))
+    pairs = list(itertools.pairwise(names))
     regions = (
         [grade.accept] * len(pairs) if grade.accept else order_regions(len(names), grade.contrast.margin or 0.0, form)
     )
@@ -308,17 +302,17 @@ def pair(ends) -> list | None:
 
 
 def ends_text(ends) -> str:
-    return f"[{_short(ends[0])}, {_short(ends[1])}]"
+    return f"[{short(ends[0])}, {short(ends[1])}]"
 
 
 def region_text(region: Region) -> str:
     low, high = (
-        ("-inf" if region[0] is None else _short(region[0])),
-        ("inf" if region[1] is None else _short(region[1])),
+        ("-inf" if region[0] is None else short(region[0])),
+        ("inf" if region[1] is None else short(region[1])),
     )
     return f"[{low}, {high}]"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Four significant digits; a count in full."""
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e6 else f"{value:.4g}"

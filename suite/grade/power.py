@@ -12,7 +12,7 @@ import math
 
 from suite import stats
 from suite.grade.contrasts import Levels
-from suite.grade.judge import EVENT_ACCEPT, Evidence, findings_of, inside, order_form, order_regions
+from suite.grade.judge import Evidence, findings_of, inside, order_form, order_regions
 from suite.grade.launches import FINISHED, scale_of
 from suite.validate import unpinned_inputs
 
@@ -65,7 +65,7 @@ def _claim_power(task, claim, grade, num_graded: int, pinned: bool, runs: list) 
 
 
 def _event_power(grade, num_seeds: int, levels: Levels) -> dict:
-    accept = grade.accept or EVENT_ACCEPT[grade.event.expect]
+    accept = grade.accept
     right = EVENT_RATE if grade.event.expect == "collapses" else 1 - EVENT_RATE
     passes = stats.p_share_inside(right, num_seeds, accept, levels.stated)
     fails = stats.p_share_disjoint(1 - right, num_seeds, accept, levels.stated)

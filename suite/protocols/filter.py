@@ -23,11 +23,10 @@ from suite.mismatch import estimates
 from suite.plan import Cell
 from suite.protocols import Session
 from suite.protocols.engines import Engines, run_one_by_one
+from suite.protocols.offline import DEFAULT_PROMPTS_PER_BATCH, WITHOUT_TRAINER
 from suite.record import RunWriter, read_evidence
 
-DEFAULT_PROMPTS_PER_BATCH = 32
 KEPT_NAME = "kept.json"
-WITHOUT_TRAINER = ("response_tokens_mean", "reward_mean", "truncated_share")
 
 
 def run(cells: list[Cell], session: Session) -> None:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from suite.mismatch import concat_sums, estimates
 from suite.record import Run
@@ -196,7 +197,9 @@ def resolved(arms: list[Arm]) -> bytes:
             axis.set_xticks(_stretched(ticks), [f"{tick:g}" for tick in ticks])
         else:
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if kind == "by_length" else (1,)))
             axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
     for axis in axes.flat[len(panels):]:
         axis.set_visible(False)
     for axis in axes[:, 0]:
