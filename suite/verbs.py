@@ -53,12 +53,13 @@ def validate(args) -> int:
 
 def doctor(args) -> int:
     from suite import environment
+    from suite.doctor import can_run, findings
     from suite import show as rendering
 
     task = load_task(args.task) if args.task else None
     machine = environment.collect()
-    rendering.print_findings(environment.doctor(task, machine), environment.fingerprint(machine))
-    reason = environment.can_run(task, machine) if task else None
+    rendering.print_findings(findings(task, machine), environment.fingerprint(machine))
+    reason = can_run(task, machine) if task else None
     if reason:
         raise NotRunnable(reason)
     return 0
@@ -204,8 +205,9 @@ def line_without_grading(task_id: str, verdict: str) -> str:
 
 def _check_machine(task: Task, runs_dir: Path) -> None:
     from suite import environment
+    from suite.doctor import can_run
 
-    reason = environment.can_run(task, environment.collect(runs_dir))
+    reason = can_run(task, environment.collect(runs_dir))
     if reason:
         raise NotRunnable(reason)
 

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite import environment
-from suite.environment import can_run, cpu_facts, fingerprint, parse_gpus, visible_gpus
+from suite import doctor, environment
+from suite.doctor import can_run
+from suite.environment import cpu_facts, fingerprint, parse_gpus, visible_gpus
 from suite.plan import Cell
 
 A100 = {"name": "NVIDIA A100-SXM4-80GB", "memory_gib": 79.2, "driver": "570.1", "compute_capability": "8.0"}
@@ -47,7 +48,7 @@ def task(gpus=8, gib=80, nodes=1, disk=0, cpu_ok=False, protocol="offline_mismat
 
 @pytest.fixture(autouse=True)
 def planned(monkeypatch):
-    monkeypatch.setattr(environment, "plan", lambda task: task.cells)
+    monkeypatch.setattr(doctor, "plan", lambda task: task.cells)
 
 
 def test_fingerprint_names_device_sampler_and_torch():
@@ -138,12 +139,12 @@ def test_parallel_settings_of_one_process_are_no_request():
     ("tf32-override", machine(env={"NVIDIA_TF32_OVERRIDE": "1"})),
 ])
 def test_known_bad_combinations_are_found_and_good_ones_are_not(name, bad):
-    assert [found["name"] for found in environment.known_bad_findings(bad)] == [name]
-    assert environment.known_bad_findings(LAPTOP) == environment.known_bad_findings(node()) == []
+    assert [found["name"] for found in doctor.known_bad_findings(bad)] == [name]
+    assert doctor.known_bad_findings(LAPTOP) == doctor.known_bad_findings(node()) == []
 
 
 def test_doctor_ends_with_the_task_and_says_why_not():
-    last = environment.doctor(task(), LAPTOP)[-1]
+    last = doctor.findings(task(), LAPTOP)[-1]
     assert last == {"name": "task a-task", "ok": False, "detail": "paper: not here", "needed": can_run(task(), LAPTOP)}
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 import suite
 from suite.grade.arms import arm_metrics
 from suite.grade.contrasts import Levels
-from suite.grade.controls import canonical, grade_control, unfinished, violations
+from suite.grade.controls import grade_control, unfinished
 from suite.errors import UserError
+from suite.grade.fitness import violations
 from suite.grade.judge import (
     Evidence,
     Judgement,
@@ -37,6 +38,7 @@ from suite.grade.judge import (
 )
 from suite.grade.launches import FINISHED
 from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
+from suite.plan import canonical_json
 from suite.record import write_json
 from suite.validate import unpinned_inputs
 
@@ -258,7 +260,7 @@ def _place(run) -> tuple:
     return (
         run.is_control,
         run.arm,
-        canonical(run.point),
+        canonical_json(run.point),
         run.seed,
         str(run.record.get("started_utc")),
         run.record["run_key"],

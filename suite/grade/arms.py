@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from suite.grade.controls import canonical
 from suite.grade.judge import number
 from suite.grade.launches import FINISHED
+from suite.plan import canonical_json
 from suite.task import axis_label
 
 
@@ -19,7 +19,7 @@ def arm_metrics(task, runs: list) -> list[dict]:
     groups: dict[tuple, list] = {}
     for run in runs:
         if run.status in FINISHED and not run.is_control:
-            groups.setdefault((canonical(run.point), run.arm), []).append(run)
+            groups.setdefault((canonical_json(run.point), run.arm), []).append(run)
     return [
         {"arm": arm, "at": dict(found[0].point), "num_launches": len({run.seed for run in found}),
          "values": {name: _mean([_of_launch(run, name) for run in found]) for name in task.metrics}}

@@ -1,0 +1,104 @@
+"""Whether finished runs are fit to be compared: precision as executed, arms that differ in one factor, and no seed twice
+under other settings. Whatever fails here makes the task INVALID. No torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from suite.grade.launches import FINISHED
+from suite.plan import PATHS, canonical_json, differing_paths
+from suite.precision import contract_breaches, unsaid_points
+
+
+def violations(task, runs: list) -> list[tuple[str, str]]:
+    """(arm, sentence) for everything that makes finished runs unfit to compare."""
+    finished = [run for run in runs if run.status in FINISHED]
+    return (
+        _precision(task.protocol, finished)
+        + _repeated_seeds(finished)
+        + _one_factor(task, finished)
+        + _control_factors(task, finished)
+    )
+
+
+def _precision(protocol: str, runs: list) -> list[tuple[str, str]]:
+    """An engine that ran in another dtype than its arm asks for, or that does not say what it ran in. Runs that asked for
+    no precision (a foreign dump, a count of a data set) ran no engine of ours.
+    """
+    found = []
+    for run in runs:
+        asked, executed = run.record.get("precision_asked") or {}, run.record.get("precision_executed") or {}
+        if {"rollout", "train"} <= asked.keys():
+            lines = contract_breaches(asked, executed)
+            lines += [f"{point}: not recorded" for point in unsaid_points(protocol, executed)]
+            found += [(run.arm, f"{run.record['cell']['name']}: precision: {line}") for line in lines]
+    return found
+
+
+def _repeated_seeds(runs: list) -> list[tuple[str, str]]:
+    """The same seed twice is one launch (--fresh) only if it is the same cell; under another run key it is
+    refused.
+    """
+    keys: dict[tuple, set] = {}
+    for run in runs:
+        keys.setdefault((run.arm, canonical_json(run.point), run.seed), set()).add(run.record["run_key"])
+    return [
+        (arm, f"{arm} seed {seed}: recorded under {len(found)} different run keys")
+        for (arm, _, seed), found in keys.items()
+        if len(found) > 1
+    ]
+
+
+def _one_factor(task, runs: list) -> list[tuple[str, str]]:
+    """Arms may differ only in `vary`; the runs of one arm at one point not at all."""
+    found, groups = [], {}
+    for run in runs:
+        if not run.is_control:
+            groups.setdefault(canonical_json(run.point), []).append(run)
+    for same_place in groups.values():
+        firsts: dict[str, object] = {}
+        for run in same_place:
+            first = firsts.setdefault(run.arm, run)
+            found += [(run.arm, f"{run.arm}: runs differ in {path}") for path in _differences(first, run)]
+        for a, b in itertools.combinations(firsts.values(), 2):
+            outside = [path for path in _differences(a, b) if not _covered(path, task.vary)]
+            found += [
+                (arm, f"{a.arm} and {b.arm} differ in {path}, which is not in vary")
+                for path in outside
+                for arm in (a.arm, b.arm)
+            ]
+    return list(dict.fromkeys(found))
+
+
+def _control_factors(task, runs: list) -> list[tuple[str, str]]:
+    """A control may differ from the arm that it starts from only in what it sets."""
+    found, controls = [], {control.name: control for control in task.controls}
+    for run in runs:
+        control = controls.get(run.arm)
+        like = next(
+            (r for r in runs if control and r.arm == control.like and canonical_json(r.point) == canonical_json(run.point)), None
+        )
+        if like is not None:
+            outside = [path for path in _differences(like, run) if not _covered(path, _leaves(control.set))]
+            found += [
+                (run.arm, f"{run.arm} differs from {control.like} in {path}, which it does not set") for path in outside
+            ]
+    return list(dict.fromkeys(found))
+
+
+def _differences(a, b) -> list[str]:
+    paths = differing_paths(a.record["cell"]["settings"], b.record["cell"]["settings"])
+    return [path for path in paths if path not in PATHS]
+
+
+def _covered(path: str, allowed) -> bool:
+    return any(path == name or path.startswith(name + ".") or name.startswith(path + ".") for name in allowed)
+
+
+def _leaves(nested: dict, prefix: str = "") -> list[str]:
+    return [
+        leaf
+        for name, value in nested.items()
+        for leaf in (_leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"])
+    ]
