@@ -32,7 +32,7 @@ table { border-collapse: collapse; width: 100%; font-size: .88rem }
 th { text-align: left; color: var(--soft); font-weight: 600 }
 th, td { border-bottom: 1px solid var(--line); padding: .4rem .5rem .4rem 0; vertical-align: top;
 overflow-wrap: break-word }
-td.hardware { overflow-wrap: anywhere; min-width: 8rem }
+td.hardware { overflow-wrap: anywhere; min-width: 8rem } td.claim { min-width: 15rem }
 td.number { font-variant-numeric: tabular-nums } .statement { display: block; color: var(--soft) }
 .verdict { font-weight: 700; white-space: nowrap } .PASS { color: var(--pass) }
 .FAIL, .ERROR, .INVALID { color: var(--fail) }
@@ -41,6 +41,7 @@ figure { margin: 1rem 0 } figure img { width: 100%; max-width: 46rem; height: au
 figcaption { color: var(--soft); font-size: .9rem }
 .wide { overflow-x: auto } summary { cursor: pointer; padding: .3rem 0 } .matrix { width: auto } .matrix th, .matrix td { padding-right: 1.2rem }
 @media (max-width: 46rem) {
+  td.claim { min-width: 0 }
   table.claims, table.claims tbody, table.claims tr, table.claims td { display: block }
 table.claims thead { display: none }
   table.claims tr { border: 1px solid var(--line); border-radius: .5rem; margin: .7rem 0; padding: .4rem .7rem }
@@ -69,7 +70,7 @@ the mechanism and never counts as the paper's. Also as <a href="RESULTS.md">Mark
 <th>task</th><th>hardware</th><th>reason</th></tr></thead>
 <tbody>
 {% for row in rows if row.tier == tier %}{% set cell = cells(row) %}
-<tr data-verdict="{{ row.verdict or 'REPORTED' }}"
+<tr data-verdict="{{ (row.verdict or 'REPORTED') if row.fingerprint else 'NOT_RUN' }}"
 id="{{ row.task }}.{{ row.claim_id }}{{ '.' ~ row.fingerprint if row.fingerprint else '' }}">
 <td class="claim"><strong>{{ row.claim_id }}</strong><span class="statement">{{ row.statement }}</span></td>
 <td class="verdict {{ row.verdict or 'REPORTED' }}">{{ row.verdict or 'reported' }}</td>
