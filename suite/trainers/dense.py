@@ -26,8 +26,8 @@ from suite.trainers.health import ActivationWatch, underflow_share
 from suite.trainers.loss_scale import LossScaler
 from suite.trainers.masters import MasterWeights
 
-# Logits at a time, where train.head_chunk_tokens does not say how many tokens: 128 MiB in fp32, whatever the vocabulary.
-DEFAULT_HEAD_CHUNK_LOGITS = 2**25
+# Logits at a time, where train.head_chunk_tokens does not say how many tokens: 256 MiB in fp32, whatever the vocabulary.
+DEFAULT_HEAD_CHUNK_LOGITS = 2**26
 DEFAULT_MICRO_BATCH_SIZE = 32
 
 
@@ -135,14 +135,12 @@ class DenseTrainer:
         return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), self._products())}
 
     def _chunk_logprobs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self._logits(hidden)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return self._logits(hidden).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     def _chunk_logprobs_and_entropies(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = self._logits(hidden)
-        total = logits.logsumexp(-1)
-        entropies = total - (logits.softmax(-1) * logits).sum(-1)  # logits are finite: no 0 x inf
-        return torch.stack([logits.gather(1, targets[:, None])[:, 0] - total, entropies])
+        logprobs = self._logits(hidden).log_softmax(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)  # logits are finite, so log-probs are: no 0 x inf
+        return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropies])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V) fp32 logits at the task's temperature, from a head product in the head's dtype."""
