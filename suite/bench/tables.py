@@ -37,7 +37,7 @@ def _targets(result: dict) -> str:
         f"{'aim:' if one.get('is_aim') else 'wanted'} {one['wanted']}"
         for one in result["targets"]
     ]
-    return "\n".join(["Targets, judged by the median:", "", *lines]) if lines else "No target applies to these rows."
+    return "\n".join(["Targets:", "", *lines]) if lines else "No target applies to these rows."
 
 
 def _machine(result: dict) -> str:
