@@ -148,7 +148,9 @@ class Data(Strict):
 
 
 class Rollout(Strict):
-    """How rollouts are sampled. `top_k` 0 and `top_p` 1.0 are off; limits are in tokens, cache memory in GiB."""
+    """How rollouts are sampled. `top_k` 0 and `top_p` 1.0 are off; limits are in tokens, cache memory in GiB. A response
+    ends with the token that completes one of the strings in `stop`, or with the model's own end.
+    """
 
     engine: Literal["vllm", "hf", "auto"] | None = None
     samples_per_prompt: Positive | None = None
@@ -156,6 +158,7 @@ class Rollout(Strict):
     top_p: Share | None = None
     top_k: Natural = 0
     max_tokens: Positive | None = None
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] | None = None
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
     prompts_per_batch: Positive | None = None
@@ -187,9 +190,11 @@ class Optimizer(Strict):
 
 
 class Lora(Strict):
+    """Low-rank adapters: update (alpha / rank) B A; `targets` are the last names of the linear layers that get one."""
+
     rank: Positive
     alpha: Positive
-    targets: tuple[str, ...]
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Parallel(Strict):

@@ -109,3 +109,34 @@ def test_16_bit_engines_run_in_the_dtype_that_was_asked_for(model):
     assert contract_breaches(asked, executed) == []
     assert contract_breaches({"rollout": "fp16", "train": "fp16"}, executed), "the same engines breach another contract"
     assert executed["checkpoint"] == "fp32" and executed["kv_cache"] == "bf16"
+
+
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(engine):
+    """With the same seeds the responses are those without stop strings, cut after the first one; log-probs included."""
+    from suite.checkout import find_repo
+    from suite.data import load_prompts, token_ids
+    from suite.models import load_tokenizer
+
+    folder = find_repo() / "baselines/desk/qwen2-1m"
+    tokenizer = load_tokenizer(folder)
+    prompts = load_prompts({"id": "desk", "template": "desk", "num_prompts": 6, "num_terms": [4, 8]})
+    requests = [Request(p.prompt_id, 0, tuple(token_ids(p, tokenizer)), 7 + i) for i, p in enumerate(prompts)]
+    stop = ("=1", "</think>")  # two tokens of one byte each, and one token of eight
+
+    def sampled(**changes):
+        sampler = load_sampler(folder, ROLLOUT | {"engine": engine, "max_tokens": 128} | changes, "fp32", [257])
+        try:
+            return sampler.sample(requests)
+        finally:
+            sampler.close()
+
+    endings = set()
+    for whole, cut in zip(sampled(), sampled(stop=stop), strict=True):
+        text, num = tokenizer.decode(cut.response_token_ids), len(cut.response_token_ids)
+        (end,) = (string for string in stop if text.endswith(string))
+        assert sum(text.count(string) for string in stop) == 1 and cut.finish_reason == "stop"
+        assert cut.response_token_ids == whole.response_token_ids[:num] and num < len(whole.response_token_ids)
+        np.testing.assert_allclose(cut.rollout_logprobs, whole.rollout_logprobs[:num], atol=1e-5)
+        endings.add(end)
+    assert endings == set(stop)

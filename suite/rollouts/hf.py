@@ -23,6 +23,7 @@ class HfSampler:
         from transformers import AutoModelForCausalLM
 
         self._rollout, self._stop = rollout, set(stop_token_ids)
+        self._strings = StopStrings(model_path, rollout["stop"]) if rollout.get("stop") else None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(dtype)).eval().to(self._device)
         self.arithmetic, self._products = arithmetic_for(self._device, torch_dtype(dtype))
@@ -64,7 +65,8 @@ class HfSampler:
             for row, token, logprob in zip(alive, chosen.tolist(), picked.tolist(), strict=True):
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
-                reasons[row] = "stop" if token in self._stop else "length"
+                ended = token in self._stop or (self._strings is not None and self._strings.end(tokens[row]))
+                reasons[row] = "stop" if ended else "length"
             keep = [place for place, row in enumerate(alive) if reasons[row] != "stop"]
             if not keep:
                 break
@@ -127,6 +129,20 @@ class HfSampler:
 
     def close(self) -> None:
         self._model = None
+
+
+class StopStrings:
+    """Whether the last token of a response completes one of some strings."""
+
+    def __init__(self, model_path: Path, strings):
+        from transformers import AutoTokenizer
+
+        self._tokenizer, self._strings = AutoTokenizer.from_pretrained(model_path), tuple(strings)
+        self._tail = max(map(len, strings)) * 4  # tokens that can reach into the longest one: at most 4 bytes a character
+
+    def end(self, tokens: list[int]) -> bool:
+        text = self._tokenizer.decode(tokens[-self._tail :], skip_special_tokens=True)
+        return any(string in text for string in self._strings)
 
 
 def _categorical(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -72,8 +72,8 @@ class VllmSampler:
         rollout = self._rollout
         return SamplingParams(
             temperature=rollout["temperature"], top_p=rollout["top_p"], top_k=rollout.get("top_k") or 0,
-            max_tokens=self._room(request), seed=request.seed, logprobs=0, flat_logprobs=True, detokenize=False,
-            stop_token_ids=self._stop_token_ids,
+            max_tokens=self._room(request), seed=request.seed, logprobs=0, flat_logprobs=True,
+            stop_token_ids=self._stop_token_ids, stop=rollout.get("stop"), detokenize=bool(rollout.get("stop")),
         )  # fmt: skip
 
     def _room(self, request: Request) -> int:
@@ -164,7 +164,7 @@ def _repack(model: torch.nn.Module) -> None:
 
 def _engine_arguments(rollout: dict, cache_gib: float | None, on_gpu: bool) -> dict:
     arguments = {
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": not rollout.get("stop"),  # strings are looked for in text
         "enforce_eager": rollout["enforce_eager"],
         "enable_prefix_caching": rollout["prefix_caching"],
         "enable_chunked_prefill": rollout["chunked_prefill"],
