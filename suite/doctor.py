@@ -62,7 +62,6 @@ def _unsupported(cell) -> list[str]:
     parallel = {name: size for name, size in (train.get("parallel") or {}).items() if size and size > 1}
     asked = {
         "train.engine": train.get("engine") == "moe" and "moe",
-        "train.lora": train.get("lora") and f"rank {train['lora']['rank']}",
         "train.parallel": ", ".join(f"{name} {size}" for name, size in parallel.items()),
         "schedule.eval_every": schedule.get("eval_every"),
     }
@@ -72,15 +71,17 @@ def _unsupported(cell) -> list[str]:
     return [f"{name} ({value})" for name, value in asked.items() if value]
 
 
-NEEDED_BY = {"vllm": "vllm", "moe": "megatron-core"}  # engine -> distribution
+NEEDED_BY = {"vllm": "vllm", "moe": "megatron-core", "lora": "peft"}  # engine or setting -> distribution
 
 
 def needed_packages(task) -> list[str]:
     """The distributions without which no cell of the task starts; none for protocols that only read data or records."""
     if task.protocol in ("dataset", "compare"):
         return []
-    engines = {cell.get(f"{section}.engine", None) for cell in plan(task) for section in ("rollout", "train")}
-    return ["torch", "transformers", *(name for engine, name in NEEDED_BY.items() if engine in engines)]
+    cells = plan(task)
+    used = {cell.get(f"{section}.engine", None) for cell in cells for section in ("rollout", "train")}
+    used |= {"lora" for cell in cells if cell.get("train.lora", None)}
+    return ["torch", "transformers", *(name for feature, name in NEEDED_BY.items() if feature in used)]
 
 
 def describe_gpus(gpus: list[dict[str, Any]]) -> str:

@@ -111,12 +111,16 @@ def prove_sync(trainer, sampler: Sampler, wire: str, probe: Probe) -> Gap:
 
 
 def _mover(seed: int) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
-    """Multiplies each weight, in place, by 1 + CHALLENGE_SCALE x a random sign: no weight keeps its value."""
+    """Multiplies each weight, in place, by 1 + CHALLENGE_SCALE x a random sign: no weight keeps its value. A tensor of
+    zeros (a fresh bias, the B of a fresh adapter) becomes CHALLENGE_SCALE x a random sign."""
 
     def move(named_tensors) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _, tensor in named_tensors:
             signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device, tensor.dtype) * 2 - 1
-            tensor.mul_(1 + CHALLENGE_SCALE * signs)
+            if tensor.any():
+                tensor.mul_(1 + CHALLENGE_SCALE * signs)
+            else:
+                tensor.copy_(CHALLENGE_SCALE * signs)
 
     return move

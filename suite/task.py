@@ -352,9 +352,11 @@ def deep_merge(base: dict, top: dict) -> dict:
 
 
 def axis_label(value: Any) -> str:
-    """A grid value as it appears in cell names: numbers joined by a dash, files by their stems."""
+    """A grid value as it appears in cell names: numbers joined by a dash, files by their stems; of a section without a
+    name its plain values."""
     if isinstance(value, dict):
-        return Path(str(value.get("name") or value.get("id") or "-".join(map(str, value.values())))).stem
+        plain = (str(item) for item in value.values() if not isinstance(item, (dict, list, tuple)))
+        return Path(str(value.get("name") or value.get("id") or "-".join(plain))).stem
     if isinstance(value, (list, tuple)):
         return ("+" if any(isinstance(item, dict) for item in value) else "-").join(axis_label(item) for item in value)
     return re.sub(r"[^A-Za-z0-9_+-]+", "_", str(value).replace(".", "p"))

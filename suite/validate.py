@@ -24,7 +24,7 @@ FORMS = {
     "threshold": ("arm", "ratio", "difference"),
     "event": ("arm", "difference"),
     "ordering": ("order",),
-    "equivalence": ("difference", "ratio"),
+    "equivalence": ("difference", "ratio", "order"),
     "count": ("arm",),
     "report": ("arm", "ratio", "difference", "order"),
 }
@@ -99,7 +99,7 @@ def _resolution_errors(task: Task) -> list[TaskError]:
         names = [cell.name for cell in cells]
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
-        errors |= _sampling_errors(task, cells)
+        errors |= _sampling_errors(task, cells) | _adapter_errors(task, cells)
     return list(errors.values())
 
 
@@ -115,6 +115,15 @@ def _sampling_errors(task: Task, cells: list) -> dict[str, TaskError]:
             if value not in neutral:
                 allowed = f"{neutral[0] or 0} in protocol {task.protocol}, which compares whole distributions"
                 found[key] = TaskError(task.file, key, value, allowed)
+    return found
+
+
+def _adapter_errors(task: Task, cells: list) -> dict[str, TaskError]:
+    """Fresh adapters are the model they sit on: without training there is nothing to see of them."""
+    found = {}
+    for cell in cells if task.protocol != "rl" else ():
+        if lora := cell.get("train.lora", None):
+            found["train.lora"] = TaskError(task.file, "train.lora", f"rank {lora['rank']}", "nothing, outside protocol rl")
     return found
 
 
@@ -207,14 +216,28 @@ def _contrast_errors(task: Task, key: str, contrast: Contrast) -> list[TaskError
     if len(forms) != 1:
         found = ", ".join(forms) or "nothing"
         return [TaskError(task.file, f"{key}.contrast", found, "exactly one of arm, ratio, difference, order")]
-    if task.protocol == "compare":  # its names are arms of the tasks in `needs`
-        return []
-    known = [*arm_names(task), *(control.name for control in task.controls)]
+    known = _names_of_needed(task) if task.protocol == "compare" else _own_names(task)
     return [
         TaskError(task.file, f"{key}.contrast.{forms[0]}", name, f"an arm or control: {', '.join(known)}")
         for name in contrast.names
         if name not in known
     ]
+
+
+def _own_names(task: Task) -> list[str]:
+    return [*arm_names(task), *(control.name for control in task.controls)]
+
+
+def _names_of_needed(task: Task) -> list[str]:
+    """What a compare task may name: `<task>-<arm>` of the tasks in `needs`; a missing task is reported by itself."""
+    needed = [read_task(path)[0] for name, path in _tasks_beside(task).items() if name in task.needs]
+    return [f"{need.id}-{arm}" for need in needed if need is not None for arm in need.arms]
+
+
+def _tasks_beside(task: Task) -> dict[str, Path]:
+    """id -> file of the tasks in the same checkout."""
+    files = base_folder(task.file).parent.glob("*/*.yaml")
+    return {path.stem: path for path in sorted(files) if path.parent.name != "_base"}
 
 
 def _point_errors(task: Task, key: str, at: dict, whole: bool) -> list[TaskError]:
@@ -292,11 +315,9 @@ def _aa_errors(task: Task, control: Control, key: str) -> list[TaskError]:
 
 
 def _needs_errors(task: Task) -> list[TaskError]:
-    there = {path.stem for path in base_folder(task.file).parent.glob("*/*.yaml") if path.parent.name != "_base"}
+    there = _tasks_beside(task)
     errors = [
-        TaskError(task.file, "needs", name, f"a task: {', '.join(sorted(there))}")
-        for name in task.needs
-        if name not in there
+        TaskError(task.file, "needs", name, f"a task: {', '.join(there)}") for name in task.needs if name not in there
     ]
     if task.protocol == "compare" and not task.needs:
         errors.append(TaskError(task.file, "needs", "nothing", "the tasks whose records it compares"))

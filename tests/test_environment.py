@@ -111,12 +111,13 @@ def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
     assert "torch, transformers, vllm" in can_run(task(cpu_ok=True), bare)
     assert can_run(task(cpu_ok=True, engine="auto"), machine(packages={"torch": "2", "transformers": "5"})) is None
     assert "megatron-core" in can_run(task(cpu_ok=True, trainer="moe"), LAPTOP)
+    lora = {"lora": {"rank": 32, "alpha": 64, "targets": ("q_proj",)}}
+    assert "needs peft, not installed" in can_run(task(cpu_ok=True, train=lora), LAPTOP)
     assert can_run(task(gpus=0, protocol="dataset"), bare) is None
     assert "60 GiB of free disk; 50 GiB" in can_run(task(cpu_ok=True, disk=60), LAPTOP)
 
 
 @pytest.mark.parametrize(("settings", "named"), [
-    ({"train": {"lora": {"rank": 32, "alpha": 64, "targets": ("q_proj",)}}}, "train.lora (rank 32)"),
     ({"train": {"parallel": {"data": 8}}}, "train.parallel (data 8)"),
     ({"train": {"engine": "moe"}}, "train.engine (moe)"),
     ({"schedule": {"eval_every": 5}}, "schedule.eval_every (5)"),

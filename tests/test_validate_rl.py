@@ -1,7 +1,7 @@
 """Checks of RL tasks across keys: each refused with its key, what was found, and what is allowed."""
 
 import pytest
-from fakes import RL, block, claim, event_grade, task_of
+from fakes import OFFLINE, RL, block, claim, event_grade, task_of
 
 from suite.validate import check
 
@@ -49,6 +49,14 @@ def test_sampling_that_the_trainer_does_not_know_is_refused(tmp_path, new):
     name, value = next((part.split(": ") for part in new.split(", ") if part not in ("temperature: 1.0", "top_p: 1.0")))
     (error,) = errors_of(tmp_path, "threshold", GRADE, "temperature: 1.0, top_p: 1.0", new)
     assert f"rollout.{name}: found {value}, allowed: {'0' if name == 'top_k' else '1.0'} in protocol rl" in error
+
+
+def test_adapters_are_refused_where_nothing_is_trained(tmp_path):
+    lora = "train: {{engine: dense, score_batch_size: 4, lora: {{rank: 2, alpha: 4, targets: [q_proj]}}}}"
+    text = OFFLINE.replace("train: {{engine: dense, score_batch_size: 4}}", lora)
+    task = task_of(tmp_path, text, claim("report", "estimand: k3_nats_per_token, contrast: {arm: bf16}"))
+    (error,) = check(task)[0]
+    assert (error.key, error.found, error.allowed) == ("train.lora", "rank 2", "nothing, outside protocol rl")
 
 
 def test_a_batch_shape_must_be_said(tmp_path):

@@ -65,8 +65,8 @@ class Engines:
         never share the memory."""
         if "changing" in self._trainers:
             self._trainers.pop("changing").close()
-        settings = cell.settings
-        trainer = load_trainer(self.folder, settings["train"], settings["precision"], cell.get("rollout.temperature"))
+        train, precision = cell.settings["train"], cell.settings["precision"]
+        trainer = load_trainer(self.folder, train, precision, cell.get("rollout.temperature"), seed=cell.seed)
         self._trainers["changing"] = trainer
         return trainer
 

@@ -22,10 +22,10 @@ class Trainer(Protocol):
     def close(self) -> None: ...
 
 
-def load_trainer(model_path: Path, train: dict, precision: dict, temperature: float) -> Trainer:
-    """The trainer that `train` (a resolved settings section) asks for."""
+def load_trainer(model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0) -> Trainer:
+    """The trainer that `train` (a resolved settings section) asks for; `seed` draws weights that no checkpoint holds."""
     if train["engine"] != "dense":
         raise NotRunnable(f"train.engine {train['engine']!r} is not part of this version; dense is")
     from suite.trainers.dense import DenseTrainer
 
-    return DenseTrainer(model_path, train, precision, temperature)
+    return DenseTrainer(model_path, train, precision, temperature, seed)

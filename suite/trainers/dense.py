@@ -1,4 +1,4 @@
-"""The dense trainer: a transformers model whose forward and backward run in one compute dtype, with fp32 masters behind.
+"""The dense trainer: a transformers model, with peft's adapters if asked, whose forward and backward run in one compute dtype, with fp32 masters behind.
 
 Compute parameters are in the compute dtype, as FSDP2 casts them with `param_dtype`; on a CPU the 16-bit products go
 through arithmetic.RoundedProducts. Log-probs are taken in fp32 from the logits of the response positions alone, a
@@ -23,6 +23,7 @@ from suite.errors import UserError
 from suite.losses import LossStatistics, policy_loss
 from suite.precision import Precision, dtype_name, torch_dtype
 from suite.trainers.health import ActivationWatch, underflow_share
+from suite.trainers.lora import add_adapters, merged_weights
 from suite.trainers.loss_scale import LossScaler
 from suite.trainers.masters import MasterWeights
 
@@ -33,10 +34,11 @@ DEFAULT_MICRO_BATCH_SIZE = 32
 
 class DenseTrainer:
     """One model in one compute dtype. `score` gives log pi in nats, with the batch shape that train.score_batch_size fixes;
-    `update` takes one gradient step. A trainer without train.optimizer only scores, and holds no masters.
+    `update` takes one gradient step. A trainer without train.optimizer only scores, and holds no masters. With train.lora
+    the adapters alone are trained; `seed` draws what they start from.
     """
 
-    def __init__(self, model_path: Path, train: dict, precision: dict, temperature: float):
+    def __init__(self, model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0):
         asked = Precision.of(precision)
         self._train, self._temperature = train, temperature
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,7 +55,14 @@ class DenseTrainer:
         if train.get("perturb"):
             self._perturb(**train["perturb"])
         if self._can_train:
-            self.masters = MasterWeights(dict(self._model.named_parameters()), self._dtype, train["optimizer"])
+            if train.get("lora"):
+                add_adapters(self._model, train["lora"], seed)
+            named = dict(self._model.named_parameters())
+            self._frozen = {name: p for name, p in named.items() if not p.requires_grad}  # of a base with adapters
+            for parameter in self._frozen.values():
+                parameter.data = parameter.data.to(self._dtype)
+            trained = {name: p for name, p in named.items() if name not in self._frozen}
+            self.masters = MasterWeights(trained, self._dtype, train["optimizer"])
             scaling = precision.get("loss_scaling") or {"enabled": False}
             self.scaler = LossScaler(**scaling)
             self._watch = ActivationWatch(self._model.base_model.layers)
@@ -199,23 +208,27 @@ class DenseTrainer:
         )  # fmt: skip
 
     def named_weights(self, dtype: torch.dtype):
-        """(name, tensor) of every parameter as the checkpoint names them, rounded to `dtype` from the fp32 masters."""
-        rounded = {name: master.detach().to(dtype) for name, master in self.masters.masters.items()}
+        """(name, tensor) of every parameter as the checkpoint names them, rounded to `dtype` from the fp32 masters; of a
+        model with adapters the merged weights."""
+        masters = self.masters.masters
+        whole = merged_weights(self._model, masters) if self._train.get("lora") else masters.items()
+        rounded = {name: weight.detach().to(dtype) for name, weight in whole}
         yield from revert_weight_conversion(self._model, rounded).items()  # transformers 5 fuses experts; checkpoints do not
 
     @contextmanager
     @torch.no_grad()
     def moved_weights(self, move):
-        """Inside the context the masters are changed by `move(named masters)`; afterwards they are what they were."""
-        masters = self.masters.masters
-        kept = {name: master.detach().clone() for name, master in masters.items()}
-        move(masters.items())
+        """Inside the context the masters, and a frozen base, are changed by `move(named weights)`; afterwards they are what
+        they were."""
+        weights = self.masters.masters | self._frozen
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        move(weights.items())
         self.masters.round()
         try:
             yield
         finally:
-            for name, master in masters.items():
-                master.copy_(kept[name])
+            for name, weight in weights.items():
+                weight.copy_(kept[name])
             self.masters.round()
 
     def state_dict(self) -> dict:
@@ -235,6 +248,8 @@ class DenseTrainer:
             "trainer_attention": self._model.config._attn_implementation,
         }
         if self._can_train:
+            if lora := self._train.get("lora"):
+                points["trainer_adapters"] = f"lora, rank {lora['rank']}, alpha {lora['alpha']}; merged in fp32 for the sampler"
             points["master_weights"] = _dtypes(self.masters.masters.values())
             moments = [state["exp_avg"] for state in self.masters.optimizer.state.values()]
             points |= {"optimizer_state": _dtypes(moments)} if moments else {}
