@@ -77,7 +77,7 @@ def run(args) -> int:
     task = require_valid(load_task(args.task))
     cells = select(task, args.seeds, args.arm)
     if not cells:
-        print(f"{task.id}: nothing selected")
+        print(f"{task.id}: " + (f"{_sources(task)}; it runs nothing itself" if task.needs else "nothing selected"))
         return EXIT_NOTHING
     _check_machine(task, args.runs_dir)
     _run_cells(args, task, cells)
@@ -96,7 +96,7 @@ def grade(args) -> int:
     else:
         verdict, path = _grade_records(task, args.runs_dir)
     if verdict is None:
-        print(f"{task.id}: nothing recorded below {args.runs_dir}; run it with: suite run {task.id}")
+        print(_nothing_recorded(task, args.runs_dir))
         return EXIT_NOTHING
     rendering.print_verdict(verdict)
     return _last_line(verdict, path)
@@ -113,7 +113,7 @@ def reproduce(args) -> int:
         _run_cells(args, task, cells)
     verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
     if verdict is None:
-        print("a run with --limit is never graded" if args.limit else f"nothing recorded below {args.runs_dir}")
+        print("a run with --limit is never graded" if args.limit else _nothing_recorded(task, args.runs_dir))
         print(line_without_grading(task.id, "NOT_RUN"))
         return EXIT_NOT_RUN if args.limit else EXIT_NOTHING
     rendering.print_verdict(verdict)
@@ -203,6 +203,14 @@ def line_without_grading(task_id: str, verdict: str) -> str:
     return f"VERDICT task={name} verdict={verdict} claims=0/{num_graded} verdict_file=-"
 
 
+def _nothing_recorded(task: Task, runs_dir: Path) -> str:
+    return f"{task.id}: nothing recorded below {runs_dir}; " + (_sources(task) if task.needs else f"run it with: suite run {task.id}")
+
+
+def _sources(task: Task) -> str:
+    return f"it is graded from the records of {', '.join(task.needs)}"
+
+
 def _check_machine(task: Task, runs_dir: Path) -> None:
     from suite import environment
     from suite.doctor import can_run
@@ -227,17 +235,16 @@ def _grade_records(task: Task, runs_dir: Path):
     """(verdict, its file) of the newest fingerprint recorded; every fingerprint gets its own verdict. (None, None)
     without records.
     """
-    from suite.grade import grade_by_fingerprint, write_verdict
+    from suite.grade import grade_by_fingerprint, with_needed, write_verdict
     from suite.record import find_runs
 
     runs = find_runs(runs_dir, task.id)
-    needed = {name: find_runs(runs_dir, name) for name in task.needs}
-    if not runs and not any(needed.values()):
+    needed = with_needed(task, lambda name: find_runs(runs_dir, name))
+    everything = runs or [run for need in needed.values() for run in need.runs]
+    if not everything:
         return None, None
-    verdicts = grade_by_fingerprint(task, runs, needed or None)
-    newest = max(
-        runs or [run for found in needed.values() for run in found], key=lambda run: str(run.record.get("started_utc"))
-    )
+    verdicts = grade_by_fingerprint(task, runs, needed)
+    newest = max(everything, key=lambda run: str(run.record.get("started_utc")))
     for fingerprint, other in verdicts.items():
         if fingerprint != newest.fingerprint:
             print(f"also recorded on {fingerprint}: {other['verdict']}; shown below is {newest.fingerprint}")

@@ -4,7 +4,7 @@ import pytest
 from fakes import COMPARE, RL, block, claim, curve, event_grade, jittered, only, series_run, task_of, time_grade
 
 from suite.errors import UserError
-from suite.grade import grade_task
+from suite.grade import Needed, grade_task
 
 SANITY = "abcdef"  # panels of figure 1: GRPO, Token-TIS, Seq-MIS, GSPO, PG-Seq-IS, PG-Seq-MIS
 
@@ -89,15 +89,15 @@ def test_fp16_ends_above_bf16_by_what_the_figure_shows(tmp_path, panel, last, le
 
 def compared(tmp_path, kind, grade, num_seeds):
     """The row of a compare task fed with panels a to f of figure 1, each its own task."""
-    report, runs = claim("report", "estimand: reward_mean, contrast: {arm: bf16}"), {}
+    report, needed = claim("report", "estimand: reward_mean, contrast: {arm: bf16}"), {}
     for panel in SANITY:
         task = task_of(tmp_path, RL, report, name=f"s-{panel}", seeds=range(5))
         curves = {"bf16": curve(panel, "BF16"), "fp16": curve(panel, "FP16", 1830)}
         for arm, values in curves.items():
             noisy = [values] if num_seeds == 1 else [jittered(values, [s, ord(panel), len(values)]) for s in range(5)]
-            runs.setdefault(task.id, []).extend(series_run(task, arm, s, v) for s, v in enumerate(noisy))
-    task = task_of(tmp_path, COMPARE, claim(kind, grade), name="order", needs=sorted(runs), seeds=range(5))
-    return only(grade_task(task, [], runs))
+            needed.setdefault(task.id, Needed(task, [])).runs.extend(series_run(task, arm, s, v) for s, v in enumerate(noisy))
+    task = task_of(tmp_path, COMPARE, claim(kind, grade), name="order", needs=sorted(needed), seeds=range(5))
+    return only(grade_task(task, [], needed))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, run_of, series_run, task_of
 
-from suite.grade import design_power, grade_task
+from suite.grade import Needed, design_power, grade_task
 
 REPEATS = 300
 SD = 0.25  # of the log-ratio between launches: what power.py supposes for k3
@@ -172,7 +172,7 @@ def test_an_order_of_arms_without_any_difference_never_passes(tmp_path):
                 for arm, level in (("fp16", 1.0), ("bf16", ratio))
                 for s in range(3)
             ]
-            words.append(grade_task(task, [], {"t": runs})["verdict"])
+            words.append(grade_task(task, [], {"t": Needed(need, runs)})["verdict"])
         return words.count("PASS") / 150, words.count("FAIL") / 150
 
     assert share(1.0, 14)[0] <= ceiling(0.05, 150) and share(1.0, 15)[1] > 0.2

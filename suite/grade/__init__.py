@@ -16,7 +16,8 @@ verdict of a claim), controls, and here the verdict of the task. power says befo
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import suite
@@ -40,6 +41,7 @@ from suite.grade.launches import FINISHED
 from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.plan import canonical_json
 from suite.record import write_json
+from suite.task import Task, load_task
 from suite.validate import unpinned_inputs
 
 SCHEMA = 1
@@ -48,24 +50,36 @@ ORDER = ("INVALID", "ERROR", "NOT_RUN", "FAIL", "INCONCLUSIVE", "PASS")
 WEAK_TOLERANCE = "P5"
 
 
-def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
+@dataclass(frozen=True)
+class Needed:
+    """A task of `needs` and its runs."""
+
+    task: Task
+    runs: list
+
+
+def grade_task(task, runs: list, needed: dict[str, Needed] | None = None) -> dict:
     """The verdict on one fingerprint, laid out as verdict.json.
 
-    runs: those of this task; of another task version they are left out. all_tasks_runs: task id -> runs, for the
-    tasks in `needs`. Raises UserError if the runs carry several fingerprints (grade_by_fingerprint keeps them apart).
+    runs: those of this task. needed: those of the tasks in `needs`, by id. Runs of another version of their task are left
+    out. Raises UserError if the runs carry several fingerprints (grade_by_fingerprint keeps them apart).
     """
-    runs = sorted((run for run in runs if run.record["task"]["version"] == task.version), key=_place)
-    others = {name: sorted(found, key=_place) for name, found in (all_tasks_runs or {}).items()}
+    needed = needed or {}
+    runs = _of_version(task, runs)
+    others = {name: _of_version(need.task, need.runs) for name, need in needed.items()}
     everything = runs + [run for name in task.needs for run in others.get(name, [])]
     fingerprints = sorted({run.fingerprint for run in everything})
     if len(fingerprints) > 1:
         raise UserError(f"{task.id}: runs of different machines cannot be graded together: {', '.join(fingerprints)}")
     graded = [claim for claim in task.claims if claim.kind != "report"]
     broken = violations(task, runs) + [
-        fault for name in task.needs for fault in _needed_faults(task, name, others.get(name, []))
+        (f"{name}-{arm}", f"{name}: {line}") for name in others for arm, line in violations(needed[name].task, others[name])
     ]
-    evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned_inputs(task)))
+    unpinned = dict.fromkeys(path for one in (task, *(need.task for need in needed.values())) for path in unpinned_inputs(one))
+    evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned))
     controls = [grade_control(evidence, control) for control in task.controls]
+    for name, need in needed.items():
+        controls += _controls_of_needed(name, replace(evidence, task=need.task, runs=others[name]))
     claims = [_grade_claim(evidence, claim, len(graded), controls, broken) for claim in task.claims]
     verdict, reason = _of_task([row for row in claims if row["kind"] != "report"], controls, everything)
     environment = everything[0].record.get("environment") or {} if everything else {}
@@ -87,13 +101,20 @@ def grade_task(task, runs: list, all_tasks_runs: dict | None = None) -> dict:
     }
 
 
-def grade_by_fingerprint(task, runs: list, all_tasks_runs: dict | None = None) -> dict[str, dict]:
+def with_needed(task, runs_of: Callable[[str], list]) -> dict[str, Needed]:
+    """The tasks in `needs`, as the checkout has them, with the runs that `runs_of` finds for their ids."""
+    return {name: Needed(load_task(name), runs_of(name)) for name in task.needs}
+
+
+def grade_by_fingerprint(task, runs: list, needed: dict[str, Needed] | None = None) -> dict[str, dict]:
     """One verdict per fingerprint: cells of different machines are never mixed. Empty without runs."""
-    others = {name: found for name, found in (all_tasks_runs or {}).items() if name in task.needs}
-    everything = [*runs, *(run for found in others.values() for run in found)]
+    needed = needed or {}
+    everything = [*runs, *(run for need in needed.values() for run in need.runs)]
     return {
-        name: grade_task(task, _on(name, runs), {need: _on(name, found) for need, found in others.items()})
-        for name in sorted({run.fingerprint for run in everything})
+        fingerprint: grade_task(
+            task, _on(fingerprint, runs), {name: replace(n, runs=_on(fingerprint, n.runs)) for name, n in needed.items()}
+        )
+        for fingerprint in sorted({run.fingerprint for run in everything})
     }
 
 
@@ -218,12 +239,14 @@ def _bare_row(claim) -> dict:
     }
 
 
-def _needed_faults(task, name: str, runs: list) -> list[tuple[str, str]]:
-    """Violations in the runs of a needed task, told under the names by which a compare task knows its arms."""
-    no_arms_compared = task.model_copy(
-        update={"vary": ("model", "data", "rollout", "train", "precision", "algorithm", "schedule"), "controls": ()}
-    )
-    return [(f"{name}-{arm}", f"{name}: {line}") for arm, line in violations(no_arms_compared, runs)]
+def _controls_of_needed(name: str, evidence: Evidence) -> list[dict]:
+    """The controls of a needed task: what they say of its runs holds for whoever compares them."""
+    rows = [grade_control(evidence, control) for control in evidence.task.controls]
+    return [row | {"name": f"{name}-{row['name']}"} for row in rows]
+
+
+def _of_version(task, runs: list) -> list:
+    return sorted((run for run in runs if run.record["task"]["version"] == task.version), key=_place)
 
 
 def _run_row(run) -> dict:

@@ -181,9 +181,8 @@ def _finding(label, columns, scale, trials, per_seed, censored, grade, form, arm
             _over_launches(columns, scale, trials, grade.estimand, form, arms, level)
             for level in (levels.stated, levels.strict)
         ]
-        problem = (
-            "" if all(found) else "all launches agree exactly, and no prompt sums were kept to take an interval from"
-        )
+        agreed = "no launch saw the event before the horizon" if censored else "no prompt sums were kept to take an interval from"
+        problem = "" if all(found) else f"all launches agree exactly, and {agreed}"
     if not all(found):
         return Finding(label, estimate, None, None, method, num_seeds, per_seed, problem, spread, scale, censored)
     ends, strict = ((float(interval.lo), float(interval.hi)) for interval in found)

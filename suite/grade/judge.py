@@ -119,6 +119,8 @@ def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
             return Judgement(
                 "INCONCLUSIVE", "too_few_seeds: one seed says nothing about the spread between launches", more
             )
+        if finding.censored:
+            return Judgement("INCONCLUSIVE", f"censored: {finding.problem}", "a longer horizon")
         return Judgement("INCONCLUSIVE", f"no_interval: {finding.problem}", more)
     if disjoint(finding.strict, region):
         return _judge_outside(finding, region, grade, kind, is_exact)

@@ -103,10 +103,10 @@ def fingerprint_folders(results_dir: Path) -> list[Path]:
 
 def compute_verdict(task, fingerprint: str, results_dir: Path) -> dict:
     """The verdict of a task on one fingerprint, from published records alone."""
-    from suite.grade import grade_task
+    from suite.grade import grade_task, with_needed
 
-    others = {need: published_runs(results_dir, need, fingerprint) for need in task.needs}
-    return grade_task(task, published_runs(results_dir, task.id, fingerprint), others or None)
+    needed = with_needed(task, lambda name: published_runs(results_dir, name, fingerprint))
+    return grade_task(task, published_runs(results_dir, task.id, fingerprint), needed)
 
 
 def _publishable(task, runs_dir: Path) -> list[Run]:
