@@ -111,6 +111,15 @@ def parse_gpus(text: str) -> list[dict[str, Any]]:
     ]
 
 
+def gpu_names() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES would call each GPU that this process may use; [] without a CUDA build of torch."""
+    if torch_build() != "cuda":
+        return []
+    wanted, gpus = os.environ.get("CUDA_VISIBLE_DEVICES"), list_gpus()
+    names = [str(gpu["index"]) for gpu in gpus] if wanted is None else [part.strip() for part in wanted.split(",")]
+    return names[: len(visible_gpus(gpus, wanted))]
+
+
 def visible_gpus(gpus: list[dict[str, Any]], wanted: str | None) -> list[dict[str, Any]]:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves, without index and uuid, which name one machine's parts.
 

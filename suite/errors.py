@@ -23,5 +23,13 @@ class NotRunnable(Exception):
     """This machine cannot run the task: exit code 12, verdict NOT_RUN, with the reason as message."""
 
 
+class WorkersFailed(Exception):
+    """Some of several processes ended with an error; `code` is the exit code of the first."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
 class DataError(UserError):
     """A data file is not the one the task names, or a row of it cannot be used."""

@@ -279,15 +279,6 @@ def test_a_task_outside_the_checkout_cannot_be_published(checkout, capsys, tmp_p
     assert "allowed: a task of tasks/" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--nproc", "2"], ["--launcher", "srun -n 8"]])
-def test_several_processes_would_run_the_same_cells_and_are_refused(checkout, monkeypatch, capsys, flags):  # noqa: F811
-    checkout()
-    monkeypatch.setattr(verbs, "_check_machine", lambda task, runs_dir: None)
-    assert cli.main(["run", "tiny", *flags]) == 12
-    said = capsys.readouterr()
-    assert f"{flags[0]} " in said.out + said.err and "all cells in one process" in said.out + said.err
-
-
 def test_show_and_plan_print_what_is_graded(checkout, capsys, monkeypatch):  # noqa: F811
     checkout()
     monkeypatch.setattr(
