@@ -13,8 +13,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from suite.errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOT_RUN, EXIT_USAGE, NotRunnable, UserError
+from suite.errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOT_RUN, EXIT_USAGE, NotRunnable, UserError, WorkersFailed
 
+WORKER_CODES = {EXIT_USAGE: (EXIT_USAGE, None), EXIT_NOT_RUN: (EXIT_NOT_RUN, "NOT_RUN")}  # others are errors
 # What a full disk, a read-only folder and a missing right look like.
 _WRITE_ERRORS = {
     errno.ENOSPC,
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except NotRunnable as problem:
         _say(f"suite {args.verb}: NOT_RUN: {problem}")
         return _end(args, EXIT_NOT_RUN, "NOT_RUN")
+    except WorkersFailed as problem:
+        _say(f"suite {args.verb}: {problem}")
+        return _end(args, *WORKER_CODES.get(problem.code, (EXIT_ERROR, "ERROR")))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as `head` has gone
         return EXIT_BROKEN_PIPE
@@ -89,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _run_flags(add("reproduce", "doctor, run, grade and a readable summary"))
 
+    verb = add("rehearse", "a task for two steps with an embedded model and its problems; never graded")
+    verb.add_argument("task", metavar="TASK")
+
     verb = add("publish", "copy finished runs into results/ and regenerate tables and figures")
     verb.add_argument("task", metavar="TASK")
     _records_flag(verb)
@@ -129,6 +136,7 @@ def _run_flags(verb: argparse.ArgumentParser) -> None:
         "--seeds", type=_numbers, metavar="0,1", help="only these of the task's seeds (controls keep theirs)"
     )
     verb.add_argument("--arm", type=_names, metavar="A,B", help="only these arms or controls")
+    verb.add_argument("--cell", type=_names, metavar="A,B", help="only these cells, by the names that `plan` shows")
     verb.add_argument(
         "--limit", type=_positive, metavar="N", help="RL steps or prompts per cell; such runs are never graded"
     )
@@ -145,10 +153,11 @@ def _run_flags(verb: argparse.ArgumentParser) -> None:
         help="where run folders go (default: RUNS_DIR or runs)",
     )
     verb.add_argument(
-        "--nproc", type=_positive, metavar="N", default=1, help="processes on this machine; this version takes 1"
+        "--nproc", type=_positive, metavar="N", default=1,
+        help="deal the cells out to N processes, each with its own GPU or its share of the cores",
     )
     verb.add_argument(
-        "--launcher", metavar="COMMAND", help="start processes with this; not in this version"
+        "--launcher", metavar="COMMAND", help="start each of the processes with this, such as 'srun -n 1 -G 1'"
     )
 
 

@@ -19,8 +19,15 @@ GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware
 def can_run(task, env: dict[str, Any]) -> str | None:
     """None where the machine meets `task.resources` and has the task's engines; otherwise the reason, for NOT_RUN."""
     need = task.resources
-    checks = (_gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env), unsupported_reason(task))
+    checks = (
+        _gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env), unsupported_reason(plan(task)),
+    )  # fmt: skip
     return "; ".join(reason for reason in checks if reason) or None
+
+
+def can_rehearse(task, cells, env: dict[str, Any]) -> str | None:
+    """The same for the cells of a rehearsal, which need no GPU."""
+    return "; ".join(reason for reason in (_package_reason(task, env), unsupported_reason(cells)) if reason) or None
 
 
 def _gpu_reason(need, env: dict[str, Any]) -> str | None:
@@ -50,10 +57,10 @@ def _package_reason(task, env: dict[str, Any]) -> str | None:
     return f"needs {', '.join(missing)}, not installed here: run `make setup`" if missing else None
 
 
-def unsupported_reason(task) -> str | None:
-    """What any cell of the task asks for that no engine of this version does; a setting that would be ignored is refused
+def unsupported_reason(cells) -> str | None:
+    """What any of the cells asks for that no engine of this version does; a setting that would be ignored is refused
     instead."""
-    found = dict.fromkeys(line for cell in plan(task) for line in _unsupported(cell))
+    found = dict.fromkeys(line for cell in cells for line in _unsupported(cell))
     return f"asks for {', '.join(found)}, which this version does not do yet" if found else None
 
 

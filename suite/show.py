@@ -204,6 +204,22 @@ def print_plan(task: Task, cells: list[Cell], power: dict[str, dict]) -> None:
         console.print(f"unpinned: {path} (caps every verdict at INCONCLUSIVE)")
 
 
+def print_rehearsal(task: Task, runs: list, breaches: dict[str, list[str]]) -> None:
+    """What every cell of a rehearsal did, and whether its engines ran in the dtypes that it asks for."""
+    console = _console()
+    table = _table("cell", "status", "response tokens", "k3", "sampler", "precision as executed")
+    for run in runs:
+        name, executed = run.record["cell"]["name"], run.record["precision_executed"]
+        k3 = run.record["series_summary"].get("k3_nats_per_token")
+        table.add_row(
+            escape(name), run.status, str(run.record["counts"]["num_response_tokens"]), "-" if k3 is None else f"{k3:.1e}",
+            executed.get("sampler_engine", "-"), escape("; ".join(breaches[name]) or "as asked"),
+        )  # fmt: skip
+    console.print(table)
+    model = runs[0].record["cell"]["settings"]["model"]["id"]
+    console.print(f"{task.id}: a rehearsal of {len(runs)} cells on {model}; nothing of it is kept or graded")
+
+
 def print_findings(findings: list[dict], fingerprint: str) -> None:
     """What `doctor` found: one row per check."""
     table = _table("check", "", "found", "needed")

@@ -5,7 +5,9 @@ report and verify work on a machine without torch.
 """
 
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, UserError
@@ -75,7 +77,7 @@ def show_plan(args) -> int:
 
 def run(args) -> int:
     task = require_valid(load_task(args.task))
-    cells = select(task, args.seeds, args.arm)
+    cells = select(task, args.seeds, args.arm, args.cell)
     if not cells:
         print(f"{task.id}: " + (f"{_sources(task)}; it runs nothing itself" if task.needs else "nothing selected"))
         return EXIT_NOTHING
@@ -106,7 +108,7 @@ def reproduce(args) -> int:
     from suite import show as rendering
 
     task = require_valid(load_task(args.task))
-    cells = select(task, args.seeds, args.arm)
+    cells = select(task, args.seeds, args.arm, args.cell)
     rendering.print_heading(task, len(cells))
     _check_machine(task, args.runs_dir)
     if cells:
@@ -118,6 +120,31 @@ def reproduce(args) -> int:
         return EXIT_NOT_RUN if args.limit else EXIT_NOTHING
     rendering.print_verdict(verdict)
     return _last_line(verdict, path)
+
+
+def rehearse(args) -> int:
+    from suite import environment, show as rendering
+    from suite.doctor import can_rehearse
+    from suite.precision import contract_breaches, unsaid_points
+    from suite.progress import Progress
+    from suite.protocols import run_task
+    from suite.record import find_runs
+    from suite.rehearse import rehearsal
+
+    task = require_valid(load_task(args.task))
+    cells = rehearsal(task)
+    if reason := can_rehearse(task, cells, environment.collect()):
+        raise NotRunnable(reason)
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, Progress(len(cells)) as progress:
+        run_task(task, cells, runs_dir=Path(folder), progress=progress)
+        runs = {run.record["cell"]["name"]: run for run in find_runs(Path(folder), task.id)}
+    breaches = {
+        name: contract_breaches(run.record["precision_asked"], run.record["precision_executed"])
+        + [f"{point}: not recorded" for point in unsaid_points(task.protocol, run.record["precision_executed"])]
+        for name, run in runs.items()
+    }
+    rendering.print_rehearsal(task, [runs[cell.name] for cell in cells], breaches)
+    return 1 if any(breaches.values()) else 0
 
 
 def publish(args) -> int:
@@ -166,6 +193,7 @@ VERBS = {
     "run": run,
     "grade": grade,
     "reproduce": reproduce,
+    "rehearse": rehearse,
     "publish": publish,
     "report": report,
     "verify": verify,
@@ -174,22 +202,23 @@ VERBS = {
 }
 
 
-def select(task: Task, seeds: list[int] | None = None, arms: list[str] | None = None) -> list[Cell]:
-    """The planned cells, narrowed to some seeds and arms. Controls keep their own seeds and stay unless arms are
+def select(task: Task, seeds: list[int] | None = None, arms: list[str] | None = None,
+           names: list[str] | None = None) -> list[Cell]:
+    """The planned cells, narrowed to some seeds, arms and names. Controls keep their own seeds and stay unless arms are
     named.
 
-    Raises UserError for a seed or arm that the task does not have: seeds are fixed in the task file, or adding some
+    Raises UserError for a seed, arm or cell that the task does not have: seeds are fixed in the task file, or adding some
     until it passes would be a way to a false pass.
     """
     cells = plan(task)
     unknown = sorted({seed for seed in seeds or ()} - set(task.seeds))
     if unknown:
         raise UserError(f"--seeds: {task.id} has no seed {unknown[0]}; it has {', '.join(map(str, task.seeds))}")
-    names = dict.fromkeys(cell.arm for cell in cells)
-    for arm in arms or ():
-        if arm not in names:
-            raise UserError(f"--arm: {task.id} has no arm {arm!r}; it has {', '.join(names)}")
-    chosen = [cell for cell in cells if arms is None or cell.arm in arms]
+    for flag, asked, have in (("arm", arms, [cell.arm for cell in cells]), ("cell", names, [cell.name for cell in cells])):
+        for name in asked or ():
+            if name not in have:
+                raise UserError(f"--{flag}: {task.id} has no {flag} {name!r}; it has {', '.join(dict.fromkeys(have))}")
+    chosen = [cell for cell in cells if (arms is None or cell.arm in arms) and (names is None or cell.name in names)]
     return [cell for cell in chosen if seeds is None or cell.is_control or cell.seed in seeds]
 
 
@@ -222,13 +251,28 @@ def _check_machine(task: Task, runs_dir: Path) -> None:
 
 def _run_cells(args, task: Task, cells: list[Cell]) -> None:
     if args.nproc > 1 or args.launcher:
-        asked = f"--launcher {args.launcher!r}" if args.launcher else f"--nproc {args.nproc}"
-        raise NotRunnable(f"{asked}: this version runs all cells in one process, one after the other")
+        return _deal_cells(args, cells)
     from suite.progress import Progress
     from suite.protocols import run_task
 
     with Progress(len(cells)) as progress:
         run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress)
+
+
+def _deal_cells(args, cells: list[Cell]) -> None:
+    """Run the cells in several processes (suite/launch.py)."""
+    from suite import environment
+    from suite.launch import Place, deal, places, run_workers
+
+    blocks = deal(cells, args.nproc)
+    if args.launcher:
+        where = [Place()] * len(blocks)
+    else:
+        where = places(args.nproc, environment.gpu_names(), sorted(os.sched_getaffinity(0)))
+    arguments = [args.task, "--out", str(args.runs_dir)]
+    arguments += ["--limit", str(args.limit)] if args.limit else []
+    arguments += ["--fresh"] if args.fresh else []
+    run_workers(blocks, where, arguments, args.launcher)
 
 
 def _grade_records(task: Task, runs_dir: Path):

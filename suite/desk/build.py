@@ -34,8 +34,8 @@ TOLERANCES = {
 
 
 def folder_of(size: str) -> Path:
-    """Where the shipped checkpoint of a size lives."""
-    return CHECKPOINTS / f"qwen2-{size}"
+    """Where the shipped checkpoint of a size lives; a size without a family's name is a Qwen2 model."""
+    return CHECKPOINTS / (size if "-" in size else f"qwen2-{size}")
 
 
 def run(size: str = "1m", out: str | Path | None = None, check: bool = False, steps: int | None = None) -> int:

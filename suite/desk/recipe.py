@@ -24,7 +24,9 @@ TRAIN_SEED_BASE = 1_000_003  # seeds of batches start here; tasks use small seed
 
 @dataclass(frozen=True)
 class Recipe:
-    """Architecture (Qwen2, untied head) and training budget of one size."""
+    """Architecture and training budget of one size. Qwen2 models have a head of their own; Llama models are built like
+    Llama 3.2: no biases, the head tied to the embedding, two query heads to a key.
+    """
 
     num_layers: int
     hidden: int
@@ -40,11 +42,15 @@ class Recipe:
     weight_decay: float = 0.01
     num_threads: int = 2
     seed: int = 0
+    family: str = "qwen2"
 
 
 SIZES = {
     "1m": Recipe(5, hidden=128, intermediate=256, num_heads=4, steps=4000, tokens_per_step=2500, peak_lr=3e-3),
     "5m": Recipe(6, hidden=256, intermediate=768, num_heads=8, steps=4000, tokens_per_step=2500, peak_lr=1.5e-3),
+    "llama-1m": Recipe(
+        5, hidden=128, intermediate=256, num_heads=4, steps=4000, tokens_per_step=2500, peak_lr=3e-3, family="llama"
+    ),
     "30m": Recipe(8, hidden=512, intermediate=1792, num_heads=16, steps=4000, tokens_per_step=4000, peak_lr=7e-4),
 }
 
@@ -64,17 +70,21 @@ def noisy_solution(terms, rng: random.Random) -> str:
 
 
 def new_model(recipe: Recipe, tokenizer) -> torch.nn.Module:
-    """A randomly initialised Qwen2ForCausalLM of this size, fp32, untied head, vocabulary of the tokenizer."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    """A randomly initialised model of this family and size, fp32, vocabulary of the tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(recipe.seed)
-    return Qwen2ForCausalLM(Qwen2Config(
+    shape = dict(
         vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.num_layers, num_attention_heads=recipe.num_heads, num_key_value_heads=recipe.num_heads,
-        max_position_embeddings=MAX_POSITIONS, tie_word_embeddings=False, initializer_range=recipe.init_std,
+        num_hidden_layers=recipe.num_layers, num_attention_heads=recipe.num_heads,
+        max_position_embeddings=MAX_POSITIONS, initializer_range=recipe.init_std,
         rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    ))
+    )  # fmt: skip
+    if recipe.family == "llama":
+        num_key_heads = recipe.num_heads // 2
+        return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=num_key_heads, tie_word_embeddings=True))
+    return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=recipe.num_heads, tie_word_embeddings=False))
 
 
 @dataclass(frozen=True)
