@@ -220,6 +220,17 @@ def print_rehearsal(task: Task, runs: list, breaches: dict[str, list[str]]) -> N
     console.print(f"{task.id}: a rehearsal of {len(runs)} cells on {model}; nothing of it is kept or graded")
 
 
+def print_sections(sections: list) -> None:
+    """Tables of suite/report/side_by_side.py."""
+    console = _console()
+    for section in sections:
+        table = _table(*section.columns)
+        for row in section.rows:
+            table.add_row(*map(escape, row))
+        console.print(f"[bold]{escape(section.title)}[/bold]")
+        console.print(table)
+
+
 def print_findings(findings: list[dict], fingerprint: str) -> None:
     """What `doctor` found: one row per check."""
     table = _table("check", "", "found", "needed")

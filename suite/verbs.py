@@ -168,6 +168,29 @@ def verify(args) -> int:
     return verify_results(args.target, find_repo() / "results")
 
 
+def bundle(args) -> int:
+    from suite.report.bundling import bundle_task
+
+    task = require_valid(load_task(args.task))
+    out = args.out or Path(f"{task.id}.tar.gz")
+    folders = bundle_task(task, args.runs_dir, out)
+    if not folders:
+        print(_nothing_recorded(task, args.runs_dir))
+        return EXIT_NOTHING
+    for folder in folders:
+        print(folder)
+    print(f"written: {out}; whoever gets it: suite verify {out.name}")
+    return 0
+
+
+def compare(args) -> int:
+    from suite import show as rendering
+    from suite.report.side_by_side import side_by_side
+
+    rendering.print_sections(side_by_side(args.a, args.b))
+    return 0
+
+
 def bench(args) -> int:
     from suite.bench import BENCHES, run
 
@@ -197,6 +220,8 @@ VERBS = {
     "publish": publish,
     "report": report,
     "verify": verify,
+    "bundle": bundle,
+    "compare": compare,
     "bench": bench,
     "desk": desk,
 }

@@ -183,3 +183,21 @@ def test_verify_needs_neither_engine_nor_figures(repo):
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", WITHOUT], cwd=repo, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_bundle_holds_what_would_be_published_and_verifies_elsewhere(repo, tmp_path, capsys):
+    from suite import cli
+
+    out = tmp_path / "sent.tar.gz"
+    assert cli.main(["bundle", "desk-tiny", "--out", str(out)]) == 0
+    assert "suite verify sent.tar.gz" in capsys.readouterr().out
+    first = out.read_bytes()
+    assert cli.main(["bundle", "desk-tiny", "--out", str(out)]) == 0 and out.read_bytes() == first
+    with tarfile.open(out) as archive:
+        names = {name for name in archive.getnames() if not name.startswith("results/desk-tiny/" + fakes.FINGERPRINT)}
+        assert not names and not any(member.uname or member.mtime for member in archive.getmembers())
+    shutil.rmtree(repo / "results")
+    shutil.rmtree(repo / "runs")
+    assert suite.report.verify(str(out), repo / "results") == 0
+    assert cli.main(["bundle", "desk-tiny", "--out", str(tmp_path / "none.tar.gz")]) == 14
+    assert not (tmp_path / "none.tar.gz").exists()
