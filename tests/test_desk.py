@@ -14,17 +14,18 @@ from suite.desk import build, problems
 from suite.desk.problems import make_problem, prompt_text, sample_problems
 from suite.errors import UserError
 
-SHIPPED = build.folder_of("1m")
+SHIPPED = ("1m", "llama-1m")
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    """(model, tokenizer, training record) of the shipped checkpoint, as a user would load it."""
+@pytest.fixture(scope="module", params=SHIPPED)
+def shipped(request):
+    """(model, tokenizer, training record) of a shipped checkpoint, as a user would load it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(SHIPPED), json.loads((SHIPPED / "training.json").read_text())
+    folder = build.folder_of(request.param)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder), json.loads((folder / "training.json").read_text())
 
 
 # --- problems ---
@@ -154,7 +155,7 @@ def test_the_response_sees_the_prompt_across_a_gap_and_the_loss_is_the_plain_one
 
 @pytest.mark.parametrize("off", ["held_out_loss_nats", "trained"])
 def test_check_notices_a_figure_out_of_tolerance_or_missing(off, capsys):
-    shipped = json.loads((SHIPPED / "training.json").read_text())["behaviour"]
+    shipped = json.loads((build.folder_of("1m") / "training.json").read_text())["behaviour"]
     assert build.compare(shipped, shipped) == 0
     assert build.compare(shipped, {key: value for key, value in shipped.items() if key != off}) == 1
     assert "DIFFER" in capsys.readouterr().out
@@ -190,20 +191,24 @@ def test_bad_requests_to_build_are_user_errors(tmp_path):
 # --- the shipped checkpoint ---
 
 
-def test_the_shipped_weights_are_the_recorded_ones_and_small():
-    training = json.loads((SHIPPED / "training.json").read_text())
-    weights = (SHIPPED / "model.safetensors").read_bytes()
+@pytest.mark.parametrize("size", SHIPPED)
+def test_the_shipped_weights_are_the_recorded_ones_and_small(size):
+    folder = build.folder_of(size)
+    training = json.loads((folder / "training.json").read_text())
+    weights = (folder / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() == training["safetensors_sha256"]
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 4_000_000
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4_000_000
 
 
-def test_the_shipped_weights_are_bf16_values_untied_and_within_fp16_range(shipped):
+def test_the_shipped_weights_are_bf16_values_within_fp16_range_and_the_head_is_that_of_the_family(shipped):
     model, tokenizer, training = shipped
     for name, weight in model.named_parameters():
         assert torch.equal(weight, weight.to(torch.bfloat16).float()), name
         assert weight.isfinite().all() and weight.abs().max() < 1000, name
-    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
-    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    is_llama = model.config.model_type == "llama"
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == is_llama, "tied in Llama 3.2, untied in ours"
+    assert any(name.endswith("q_proj.bias") for name, _ in model.named_parameters()) == (not is_llama)
+    assert model.config.num_key_value_heads == model.config.num_attention_heads // (2 if is_llama else 1)
     assert sum(p.numel() for p in model.parameters()) == training["num_parameters"] <= 1_200_000
     assert model.config.vocab_size == len(tokenizer) and model.config.max_position_embeddings == 2048
 
@@ -213,8 +218,8 @@ def test_the_shipped_recipe_is_the_one_in_the_code(shipped):
     from suite.desk.recipe import SIZES
 
     model, _, training = shipped
-    recipe = SIZES["1m"]
-    assert {key: training["recipe"][key] for key in dataclasses.asdict(recipe)} == dataclasses.asdict(recipe)
+    recipe = SIZES[training["size"]]
+    assert training["recipe"] | {"family": model.config.model_type} == dataclasses.asdict(recipe)
     assert model.config.rope_parameters["rope_theta"] == recipe.rope_theta
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (recipe.num_layers, recipe.hidden)
 

@@ -48,10 +48,10 @@ class Recipe:
 SIZES = {
     "1m": Recipe(5, hidden=128, intermediate=256, num_heads=4, steps=4000, tokens_per_step=2500, peak_lr=3e-3),
     "5m": Recipe(6, hidden=256, intermediate=768, num_heads=8, steps=4000, tokens_per_step=2500, peak_lr=1.5e-3),
+    "30m": Recipe(8, hidden=512, intermediate=1792, num_heads=16, steps=4000, tokens_per_step=4000, peak_lr=7e-4),
     "llama-1m": Recipe(
         5, hidden=128, intermediate=256, num_heads=4, steps=4000, tokens_per_step=2500, peak_lr=3e-3, family="llama"
     ),
-    "30m": Recipe(8, hidden=512, intermediate=1792, num_heads=16, steps=4000, tokens_per_step=4000, peak_lr=7e-4),
 }
 
 
