@@ -24,7 +24,7 @@ class NotRunnable(Exception):
 
 
 class WorkersFailed(Exception):
-    """Some of several processes ended with an error; `code` is the exit code of the first."""
+    """Some of several processes ended with an error; `code` is the exit code of all that did, or 11."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)

@@ -87,6 +87,11 @@ def contract_breaches(asked: dict, executed: dict) -> list[str]:
     ]
 
 
+def breaches_of(protocol: str, asked: dict, executed: dict) -> list[str]:
+    """All that makes a run INVALID for its precision: other dtypes than asked for, and points of which it does not say."""
+    return contract_breaches(asked, executed) + [f"{point}: not recorded" for point in unsaid_points(protocol, executed)]
+
+
 def unsaid_points(protocol: str, executed: dict) -> list[str]:
     """The points of the pipeline at which a run of this protocol must say what it ran in, and does not."""
     return [point for point in MUST_SAY.get(protocol, ()) if point not in executed]

@@ -307,6 +307,22 @@ class RunWriter:
             self._lock = None
 
 
+class SilentWriter(RunWriter):
+    """A RunWriter as ranks above 0 have it: it knows what rank 0 has recorded, and writes nothing."""
+
+    def __init__(self, folder: Path, record: dict, metrics: list[dict]):
+        self.folder, self.record, self.metrics, self._lock = folder, record, metrics, None
+
+    def rewind(self, num_parts: int) -> None:
+        self.metrics = self.metrics[:num_parts]
+
+    def append(self, metrics: dict, evidence: pa.Table | None = None) -> None:
+        self.metrics.append(dict(metrics))
+
+    def update(self, **fields) -> None:
+        self.record.update(fields)
+
+
 def _joined(before: str | None, found: str) -> str:
     return "+".join(sorted({*(before.split("+") if before else ()), *found.split("+")}))
 

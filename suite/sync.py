@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from suite.precision import dtype_name, torch_dtype
+from suite.ranks import Ranks
 from suite.rollouts import Sampler
 
 CHALLENGE_SCALE = 0.1  # relative size of the random move of each weight in the challenge
@@ -46,12 +47,19 @@ class Gap:
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed sequences on which sampler and trainer are compared, teacher-forced on both sides."""
+    """Fixed sequences on which sampler and trainer are compared, teacher-forced on both sides; on every one of `ranks`,
+    of which the widest gap counts."""
 
     sequences: list[tuple[list[int], int]]
     precision: str  # of the coarser of the two engines
+    ranks: Ranks = Ranks()
 
     def gap(self, sampler: Sampler, trainer) -> Gap:
+        own = self._own_gap(sampler, trainer)
+        gaps = self.ranks.gather((own.logprob_diff_mean, own.k3))
+        return Gap(*(float(np.max(column)) for column in zip(*gaps, strict=True)))  # nan, if one is
+
+    def _own_gap(self, sampler: Sampler, trainer) -> Gap:
         mu = np.concatenate(sampler.score(self.sequences)).astype(np.float64)
         pi = np.concatenate(trainer.score(self.sequences)).astype(np.float64)
         r = pi - mu

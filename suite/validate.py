@@ -16,7 +16,7 @@ from suite.plan import arm_names, grid_points, one_factor_errors, plan, read_pat
 from suite.settings import SECTIONS
 from suite.strict_yaml import TaskErrors, read_yaml
 from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
-from suite.validate_rl import rl_errors
+from suite.validate_rl import compare_errors, rl_errors
 
 # The contrast that each kind of claim speaks about.
 FORMS = {
@@ -47,6 +47,8 @@ def check(task: Task) -> tuple[list[TaskError], list[str]]:
     errors = _resolution_errors(task)
     if not errors:
         errors += one_factor_errors(task) + _arm_precision_errors(task) + rl_errors(task)
+    if task.protocol == "compare":
+        errors += compare_errors(task, needed_tasks(task))
     errors += _name_errors(task) + _claim_errors(task) + _control_errors(task) + _needs_errors(task)
     return errors, _warnings(task)
 
@@ -230,8 +232,13 @@ def _own_names(task: Task) -> list[str]:
 
 def _names_of_needed(task: Task) -> list[str]:
     """What a compare task may name: `<task>-<arm>` of the tasks in `needs`; a missing task is reported by itself."""
-    needed = [read_task(path)[0] for name, path in _tasks_beside(task).items() if name in task.needs]
-    return [f"{need.id}-{arm}" for need in needed if need is not None for arm in need.arms]
+    return [f"{need.id}-{arm}" for need in needed_tasks(task) for arm in need.arms]
+
+
+def needed_tasks(task: Task) -> list[Task]:
+    """The tasks in `needs` as they lie beside this one; a missing or unreadable one is reported elsewhere."""
+    found = [read_task(path)[0] for name, path in _tasks_beside(task).items() if name in task.needs]
+    return [need for need in found if need is not None]
 
 
 def _tasks_beside(task: Task) -> dict[str, Path]:
@@ -375,7 +382,7 @@ def _unknown(value, path: str = "") -> list[str]:
 def _warnings(task: Task) -> list[str]:
     warnings = [
         f"{task.file}: {path}: unknown; verdicts are capped at INCONCLUSIVE until it is pinned"
-        for path in unpinned_inputs(task)
+        for path in [*unpinned_inputs(task), *(f"{need.id}: {p}" for need in needed_tasks(task) for p in unpinned_inputs(need))]
     ]
     for name, grade in task.grade.items():
         key, seeds = f"{task.file}: grade.{name}", len(task.seeds)

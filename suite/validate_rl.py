@@ -25,6 +25,17 @@ def rl_errors(task: Task) -> list[TaskError]:
     return list({(error.key, str(error.found)): error for error in found}.values())
 
 
+def compare_errors(task: Task, needed: list[Task]) -> list[TaskError]:
+    """Windows and horizons of a comparison, against the shortest RL run among the needed tasks whose arms a claim names."""
+    errors = []
+    for name, grade in task.grade.items():
+        named = [need for need in needed if need.protocol == "rl" and any(arm.startswith(f"{need.id}-") for arm in grade.contrast.names)]
+        steps = [settings["schedule"]["steps"] for need in named for key, settings in _resolved(need) if key.startswith("arms.")]
+        if steps:
+            errors += _grade(task, f"grade.{name}", grade, min(steps))
+    return errors
+
+
 def _resolved(task: Task) -> list[tuple[str, dict]]:
     """(key, settings) of every arm and control at every grid point; those that do not resolve are reported
     elsewhere.

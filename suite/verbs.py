@@ -81,7 +81,8 @@ def run(args) -> int:
     if not cells:
         print(f"{task.id}: " + (f"{_sources(task)}; it runs nothing itself" if task.needs else "nothing selected"))
         return EXIT_NOTHING
-    _check_machine(task, args.runs_dir)
+    if not args.launcher:  # else every worker looks at the machine that it is put on
+        _check_machine(task, args.runs_dir)
     _run_cells(args, task, cells)
     print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
     return 0
@@ -110,7 +111,8 @@ def reproduce(args) -> int:
     task = require_valid(load_task(args.task))
     cells = select(task, args.seeds, args.arm, args.cell)
     rendering.print_heading(task, len(cells))
-    _check_machine(task, args.runs_dir)
+    if not args.launcher:  # else every worker looks at the machine that it is put on
+        _check_machine(task, args.runs_dir)
     if cells:
         _run_cells(args, task, cells)
     verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
@@ -125,7 +127,7 @@ def reproduce(args) -> int:
 def rehearse(args) -> int:
     from suite import environment, show as rendering
     from suite.doctor import can_rehearse
-    from suite.precision import contract_breaches, unsaid_points
+    from suite.precision import breaches_of
     from suite.progress import Progress
     from suite.protocols import run_task
     from suite.record import find_runs
@@ -139,8 +141,7 @@ def rehearse(args) -> int:
         run_task(task, cells, runs_dir=Path(folder), progress=progress)
         runs = {run.record["cell"]["name"]: run for run in find_runs(Path(folder), task.id)}
     breaches = {
-        name: contract_breaches(run.record["precision_asked"], run.record["precision_executed"])
-        + [f"{point}: not recorded" for point in unsaid_points(task.protocol, run.record["precision_executed"])]
+        name: breaches_of(task.protocol, run.record["precision_asked"], run.record["precision_executed"])
         for name, run in runs.items()
     }
     rendering.print_rehearsal(task, [runs[cell.name] for cell in cells], breaches)
@@ -268,15 +269,22 @@ def _sources(task: Task) -> str:
 def _check_machine(task: Task, runs_dir: Path) -> None:
     from suite import environment
     from suite.doctor import can_run
+    from suite.launch import WORKER_VARIABLE
 
+    if WORKER_VARIABLE in os.environ:  # has one GPU of those that the task needs
+        return
     reason = can_run(task, environment.collect(runs_dir))
     if reason:
         raise NotRunnable(reason)
 
 
 def _run_cells(args, task: Task, cells: list[Cell]) -> None:
-    if args.nproc > 1 or args.launcher:
-        return _deal_cells(args, cells)
+    group_size = _ranks_per_cell(cells)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world not in (1, group_size):
+        raise UserError(f"WORLD_SIZE: found {world}, allowed: {group_size}, the ranks of a cell; --nproc deals cells out")
+    if world == 1 and (group_size > 1 or args.nproc > 1 or args.launcher):
+        return _deal_cells(args, cells, group_size)
     from suite.progress import Progress
     from suite.protocols import run_task
 
@@ -284,20 +292,31 @@ def _run_cells(args, task: Task, cells: list[Cell]) -> None:
         run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress)
 
 
-def _deal_cells(args, cells: list[Cell]) -> None:
+def _ranks_per_cell(cells: list[Cell]) -> int:
+    """How many processes run each of these cells together."""
+    sizes = sorted({cell.get("train.parallel.data", None) or 1 for cell in cells})
+    if len(sizes) > 1:
+        raise NotRunnable(f"train.parallel.data: found {', '.join(map(str, sizes))} in one task; choose cells with --arm or --cell")
+    return sizes[0]
+
+
+def _deal_cells(args, cells: list[Cell], group_size: int) -> None:
     """Run the cells in several processes (suite/launch.py)."""
     from suite import environment
     from suite.launch import Place, deal, places, run_workers
 
-    blocks = deal(cells, args.nproc)
+    num = max(args.nproc, group_size)
+    if num % group_size:
+        raise UserError(f"--nproc: found {num}, allowed: a multiple of {group_size} (train.parallel.data)")
+    blocks = deal(cells, num // group_size)
     if args.launcher:
-        where = [Place()] * len(blocks)
+        where = [Place()] * num
     else:
-        where = places(args.nproc, environment.gpu_names(), sorted(os.sched_getaffinity(0)))
+        where = places(num, environment.gpu_names(), sorted(os.sched_getaffinity(0)))
     arguments = [args.task, "--out", str(args.runs_dir)]
     arguments += ["--limit", str(args.limit)] if args.limit else []
     arguments += ["--fresh"] if args.fresh else []
-    run_workers(blocks, where, arguments, args.launcher)
+    run_workers(blocks, where, arguments, group_size=group_size, launcher=args.launcher)
 
 
 def _grade_records(task: Task, runs_dir: Path):

@@ -45,6 +45,14 @@ def test_a_broken_control_of_a_needed_task_makes_the_comparison_invalid(tmp_path
     assert verdict["verdict"] == "INVALID" and "two-control-floor" in only(verdict)["reason"]
 
 
+def test_a_claim_rests_only_on_the_needed_tasks_whose_arms_it_names(tmp_path):
+    needed = {name: needed_task(tmp_path, name, floor, sha, fp16=0.9, bf16=0.8)
+              for name, floor, sha in (("one", 1e-13, "a" * 64), ("two", 1e-13, "a" * 64), ("three", 1e-3, "unknown"))}  # fmt: skip
+    task = task_of(tmp_path, COMPARE, claim("threshold", ENDS), name="both", needs=list(needed))
+    verdict = grade_task(task, [], needed)
+    assert only(verdict)["verdict"] == "PASS" and verdict["verdict"] == "INVALID", "the task as a whole has a broken control"
+
+
 def test_an_unpinned_input_of_a_needed_task_caps_the_comparison(tmp_path):
     row = only(verdict_of(tmp_path, two={"sha": "unknown"}))
     assert row["verdict"] == "INCONCLUSIVE" and "unpinned_input" in row["reason"]
@@ -57,6 +65,16 @@ def test_runs_of_another_version_of_a_needed_task_are_left_out(tmp_path):
     task = task_of(tmp_path, COMPARE, claim("threshold", ENDS), name="both", needs=list(needed))
     verdict = grade_task(task, [], needed)
     assert verdict["verdict"] == "NOT_RUN" and "two-bf16" in only(verdict)["reason"]
+    assert only(verdict)["resolve"] == "suite run two"
+
+
+@pytest.mark.parametrize(("levels", "word"), [((0.90, 0.91, 0.92), "PASS"), ((0.90, 0.92, 0.94), "FAIL")])
+def test_an_equivalence_of_several_arms_is_about_every_pair(tmp_path, levels, word):
+    """Neighbours are 0.02 apart in the second case, the ends 0.04: outside a margin of 0.03."""
+    first, second, third = levels
+    grade = block("reward_mean", "order: [one-fp16, one-bf16, two-fp16]", "[-0.03, 0.03]", "reducer: last_k_mean, window: 4, min_seeds: 3")
+    row = only(verdict_of(tmp_path, grade, "equivalence", two={"fp16": third}, fp16=first, bf16=second))
+    assert row["verdict"] == word and len(row["pairs"]) == 3
 
 
 def test_an_engine_of_a_needed_task_that_ran_in_another_dtype_makes_it_invalid(tmp_path):
@@ -81,6 +99,17 @@ def test_a_name_that_no_needed_task_has_is_refused_before_anything_is_graded(che
     (error,) = check(task)[0]
     assert error.key == "grade.C1-x.contrast.difference" and error.found == wrong
     assert error.allowed == "an arm or control: one-bf16, one-fp16, two-bf16, two-fp16"
+
+
+@pytest.mark.parametrize(("change", "key", "said"), [
+    ("until: 300", "grade.C1-x.until", "at most schedule.steps, 100"),
+    ("reducer: epoch_mean", "grade.C1-x.window", "the iterations of one full pass"),
+    ("reducer: last_k_mean, window: 200", "grade.C1-x.window", "a window that fits into 100 steps"),
+])  # fmt: skip
+def test_windows_and_horizons_must_fit_the_needed_runs(checkout_of_two, change, key, said):
+    plain = block("reward_mean", "difference: [one-fp16, two-bf16]", "[0.05, null]", change)
+    (error,) = check(checkout_of_two(plain))[0]
+    assert error.key == key and error.allowed == said
 
 
 def test_a_comparison_of_several_arms_may_be_an_equivalence(checkout_of_two):

@@ -1,10 +1,13 @@
 """Fed the paper's digitised curves, graders return the paper's statement: one seed is consistent, five seeds pass."""
 
+import numpy as np
 import pytest
 from fakes import COMPARE, RL, block, claim, curve, event_grade, jittered, only, series_run, task_of, time_grade
 
 from suite.errors import UserError
 from suite.grade import Needed, grade_task
+from suite.plan import grid_points
+from suite.task import load_task
 
 SANITY = "abcdef"  # panels of figure 1: GRPO, Token-TIS, Seq-MIS, GSPO, PG-Seq-IS, PG-Seq-MIS
 
@@ -117,3 +120,46 @@ def test_claims_across_tasks(tmp_path, kind, grade):
 def test_a_compare_task_refuses_an_arm_of_a_task_that_it_does_not_need(tmp_path):
     with pytest.raises(UserError, match="grade.contrast.*s-z-fp16"):
         compared(tmp_path, "threshold", end("difference: [s-e-fp16, s-z-fp16]", "[0.015, null]"), 1)
+
+
+# --- the tasks' own grade blocks, fed with the figures ----------------------------------------------------------------
+
+
+def seeds_of(task, arm, values, point=None, num=5):
+    return [series_run(task, arm, s, jittered(values, [s, len(values)]), point=point) for s in range(num)]
+
+
+@pytest.mark.parametrize(("name", "panel", "prefix"), [
+    ("lora-grpo-token-tis", "h", "C20-rank32-"), ("lora-grpo-token-tis", "h", "C20-rank1-"), ("octothinker-grpo", "g", "C21-"),
+])  # fmt: skip
+def test_a_task_fed_with_its_figure_says_what_the_paper_says_and_with_the_arms_swapped_the_opposite(name, panel, prefix):
+    task = load_task(name)
+    points = [dict(point) for point in grid_points(task)]
+
+    def words(fp16, bf16):
+        series = {"fp16": curve(panel, fp16, 1100), "bf16": curve(panel, bf16)}
+        runs = [run for arm, values in series.items() for point in points for run in seeds_of(task, arm, values, point)]
+        rows = {row["id"].removeprefix(prefix): row for row in grade_task(task, runs)["claims"] if row["id"].startswith(prefix)}
+        return {claim: row["reason"].partition("otherwise ")[2].partition(":")[0] for claim, row in rows.items() if row["verdict"]}, rows
+
+    said, rows = words("FP16", "BF16")
+    assert said == {"fp16-accuracy": "PASS", "fp16-stable": "PASS", "bf16-collapses": "PASS"}, "capped by unpinned inputs alone"
+    assert rows["bf16-collapse-time"]["estimate"] == pytest.approx(rows["bf16-collapse-time"]["paper_value"], rel=0.05)
+    assert set(words("BF16", "FP16")[0].values()) == {"FAIL"}
+
+
+def test_sanity_order_fed_with_figure_1_says_what_the_paper_says():
+    task = load_task("sanity-order")
+    panels = dict(zip(("grpo", "grpo-token-tis", "grpo-seq-mis", "gspo", "pg-seq-is", "pg-seq-mis"), "abcdef", strict=True))
+    needed = {}
+    for name, panel in panels.items():
+        need = load_task(f"sanity-{name}")
+        fp16 = curve(panel, "FP16")
+        fp16 = np.pad(fp16, (0, max(0, 2000 - len(fp16))), mode="edge")  # PG-Seq-IS is drawn to 1,829
+        series = {"fp16": fp16, "bf16": curve(panel, "BF16")}
+        runs = [run for arm, values in series.items() for run in seeds_of(need, arm, values)]
+        needed[need.id] = Needed(need, runs)
+    rows = {row["id"]: row for row in grade_task(task, [], needed)["claims"]}
+    said = {name: row["reason"].partition("otherwise ")[2].partition(":")[0] for name, row in rows.items()}
+    assert said == dict.fromkeys(rows, "PASS")
+    assert rows["C9-later-than-grpo"]["estimate"] == pytest.approx(1.61, abs=0.1)

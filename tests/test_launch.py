@@ -7,16 +7,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from suite import cli
 from suite.errors import UserError, WorkersFailed
 from suite.launch import Place, deal, places, run_workers
+from suite.plan import Cell, plan
+from suite.task import load_task
 
 REPO = Path(__file__).resolve().parents[1]
-CELLS = [SimpleNamespace(name=f"c{i}") for i in range(7)]
+
+
+def cell(number: int, rollout: str = "bf16", seed: int | None = None, steps: int | None = None) -> Cell:
+    settings = {"model": {}, "data": {}, "rollout": {}, "precision": {"rollout": rollout}, "schedule": {"steps": steps}}
+    return Cell("t", 1, f"c{number}", (), number if seed is None else seed, settings)
+
+
+CELLS = [cell(number) for number in range(7)]
 TASK = """\
 schema: 1
 id: two-cells
@@ -49,11 +57,22 @@ def test_every_cell_is_dealt_once_in_order(num, sizes):
     assert [cell for block in blocks for cell in block] == CELLS
 
 
-def test_workers_share_the_cores_or_have_a_gpu_each():
-    assert [(place.cores, place.env["OMP_NUM_THREADS"]) for place in places(2, [], [0, 1, 4, 5, 6])] == [
-        (frozenset({0, 1}), "2"), (frozenset({4, 5, 6}), "3"),
-    ]  # fmt: skip
-    assert places(2, ["3", "GPU-ab"], [0]) == [Place(env={"CUDA_VISIBLE_DEVICES": name}) for name in ("3", "GPU-ab")]
+def test_cells_that_share_rollouts_stay_together_and_samplers_are_neighbours():
+    pairs = [cell(0, "fp32", 0), cell(1, "bf16", 0), cell(2, "fp32", 1), cell(3, "fp32", 0), cell(4, "bf16", 1)]
+    assert [[one.arm for one in block] for block in deal(pairs, 2)] == [["c0", "c3", "c2"], ["c1", "c4"]]
+    alike = [cell(number, "bf16", 0, steps=3) for number in range(4)]  # RL: the same seed, but runs of their own
+    assert [len(block) for block in deal(alike, 4)] == [1, 1, 1, 1]
+    for name, num in (("desk-precision-matrix", 3), ("desk-sanity-grpo", 2), ("desk-offline-mismatch", 4)):
+        cells = plan(load_task(name))
+        blocks = deal(cells, num)
+        assert sorted(one.name for block in blocks for one in block) == sorted(one.name for one in cells)
+        assert len(blocks) == num and max(map(len, blocks)) <= 1.5 * len(cells) / num
+
+
+def test_workers_have_equal_shares_of_the_cores_or_a_gpu_each():
+    shares = [(place.cores, place.env["OMP_NUM_THREADS"]) for place in places(2, [], [0, 1, 4, 5, 6])]
+    assert shares == [(frozenset({0, 1}), "2"), (frozenset({4, 5}), "2")], "one fingerprint for both"
+    assert [place.env["CUDA_VISIBLE_DEVICES"] for place in places(2, ["3", "GPU-ab"], [0])] == ["3", "GPU-ab"]
     with pytest.raises(UserError, match="--nproc: found 3, allowed: at most 2, the cores"):
         places(3, [], [0, 1])
     with pytest.raises(UserError, match="--nproc: found 3, allowed: at most 1, the GPUs"):
@@ -63,13 +82,13 @@ def test_workers_share_the_cores_or_have_a_gpu_each():
 def stub(tmp_path, body: str) -> str:
     """A launcher that runs `body` in place of the command it is given."""
     path = tmp_path / "launcher.py"
-    path.write_text(f"import os, sys, time\nnames = sys.argv[-1].split(',')\n{body}\n")
+    path.write_text(f"import os, signal, sys, time\nnames = [name.partition('.')[0] for name in sys.argv[-1].split(',')]\n{body}\n")
     return f"{sys.executable} {path}"
 
 
 def test_a_launcher_starts_every_worker_with_its_cells_and_lines_are_passed_on(tmp_path, capfd):
     launcher = stub(tmp_path, "print(len(sys.argv), sys.argv[-6:-1], names, os.environ.get('MARK'), file=sys.stderr)")
-    run_workers(deal(CELLS, 2), [Place(env={"MARK": m}) for m in "ab"], ["t", "--limit", "2"], launcher)
+    run_workers(deal(CELLS, 2), [Place(env={"MARK": m}) for m in "ab"], ["t", "--limit", "2"], launcher=launcher)
     said = sorted(capfd.readouterr().err.splitlines())
     assert said == [
         "[worker 0] 10 ['run', 't', '--limit', '2', '--cell'] ['c0', 'c1', 'c2'] a",
@@ -80,13 +99,56 @@ def test_a_launcher_starts_every_worker_with_its_cells_and_lines_are_passed_on(t
 def test_one_failing_worker_is_told_and_the_others_finish_first(tmp_path):
     body = f"time.sleep(0.5 * ('c6' in names)); open({str(tmp_path)!r} + '/' + names[0], 'w'); sys.exit(11 * ('c0' in names))"
     with pytest.raises(WorkersFailed, match=r"worker 0 \(exit 11\) of 2 failed") as problem:
-        run_workers(deal(CELLS, 2), [Place()] * 2, [], stub(tmp_path, body))
+        run_workers(deal(CELLS, 2), [Place()] * 2, [], launcher=stub(tmp_path, body))
     assert problem.value.code == 11 and (tmp_path / "c3").exists()
+
+
+def test_workers_that_end_differently_are_an_error(tmp_path):
+    with pytest.raises(WorkersFailed) as problem:
+        run_workers(deal(CELLS, 2), [Place()] * 2, [], launcher=stub(tmp_path, "sys.exit(12 if 'c0' in names else 1)"))
+    assert problem.value.code == 11
+
+
+SLEEPER = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+open({folder!r} + '/' + str(os.getpid()), 'w').close()
+time.sleep(300)
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from suite import launch
+from test_launch import CELLS, SLEEPER, stub
+launch.GRACE_SECONDS = 1
+folder = Path(sys.argv[1])
+launch.run_workers(launch.deal(CELLS, 2), [launch.Place()] * 2, [], launcher=stub(folder, SLEEPER.format(folder=str(folder / "pids"))))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(tmp_path, how):
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "parent.py").write_text(PARENT)
+    environ = os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py"), str(tmp_path)], env=environ, cwd=REPO,
+                              stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    wait_until(lambda: len(list((tmp_path / "pids").iterdir())) == 2)
+    pids = [int(path.name) for path in (tmp_path / "pids").iterdir()]
+    os.kill(parent.pid, how)
+    parent.wait(20)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+def wait_until(holds, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("code", "told"), [(11, 11), (2, 2), (12, 12), (-9, 11)])
 def test_the_exit_code_is_that_of_the_worker(monkeypatch, capsys, code, told):
-    def fail(*_):
+    def fail(*_, **__):
         raise WorkersFailed("worker 0 failed", code)
 
     monkeypatch.setattr("suite.launch.run_workers", fail)
@@ -150,26 +212,3 @@ def test_two_workers_record_what_one_process_with_their_cores_records(task, tmp_
     assert {record["fingerprint"] for record in (two | one).values()} == {one["bf16.s0"]["fingerprint"]}
     assert "-1c_" in one["bf16.s0"]["fingerprint"]
     assert series(tmp_path / "two") == series(tmp_path / "one")
-
-
-@needs_two_cores
-@pytest.mark.engine
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_its_parent_and_the_same_command_finishes(task, tmp_path, how):
-    pytest.importorskip("torch")
-    with start(task, tmp_path / "out", "--nproc", "2", "--limit", "3", start_new_session=True) as running:
-        next(line for line in running.stderr if "[worker" in line and "cells" in line)
-        os.kill(running.pid, how)
-        assert running.wait(60) in (130, -9)
-    deadline = time.monotonic() + 30
-    while (left := workers_of(task)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left
-    finish(start(task, tmp_path / "out", "--nproc", "2", "--limit", "3"))
-    assert {record["status"] for record in records(tmp_path / "out").values()} == {"success"}
-
-
-def workers_of(task: Path) -> list[int]:
-    """Processes that run a cell of this task."""
-    found = subprocess.run(["pgrep", "-f", f"{task}.*--cell"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]

@@ -37,7 +37,7 @@ from suite.grade.judge import (
     require_grade,
     too_many_skips,
 )
-from suite.grade.launches import FINISHED
+from suite.grade.launches import FINISHED, need_of
 from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.plan import canonical_json
 from suite.record import write_json
@@ -75,7 +75,7 @@ def grade_task(task, runs: list, needed: dict[str, Needed] | None = None) -> dic
     broken = violations(task, runs) + [
         (f"{name}-{arm}", f"{name}: {line}") for name in others for arm, line in violations(needed[name].task, others[name])
     ]
-    unpinned = dict.fromkeys(path for one in (task, *(need.task for need in needed.values())) for path in unpinned_inputs(one))
+    unpinned = unpinned_inputs(task) + [f"{name}: {path}" for name in needed for path in unpinned_inputs(needed[name].task)]
     evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned))
     controls = [grade_control(evidence, control) for control in task.controls]
     for name, need in needed.items():
@@ -143,7 +143,7 @@ def _grade_claim(
         return _bare_row(claim)
     grade = require_grade(evidence.task, claim)
     stated = grade.interval.level if grade.interval else 0.90
-    evidence = replace(evidence, levels=Levels.split(stated, num_graded))
+    evidence, controls = _concerned(replace(evidence, levels=Levels.split(stated, num_graded)), grade, controls)
     compared = findings_of(evidence, claim, grade)
     row = claim_row(claim, grade, compared, display_interval(evidence, claim, grade))
     row["event_rule"] = event_rule(evidence, grade)
@@ -161,6 +161,16 @@ def _grade_claim(
     return row | {"verdict": judgement.verdict, "reason": judgement.reason, "resolve": judgement.resolve}
 
 
+def _concerned(evidence: Evidence, grade, controls: list[dict]) -> tuple[Evidence, list[dict]]:
+    """What a claim of a comparison rests on: unpinned inputs and controls of the needed tasks whose arms it names."""
+    task = evidence.task
+    if task.protocol != "compare":
+        return evidence, controls
+    named = {need_of(task, name) for name in grade.contrast.names}
+    unpinned = tuple(path for path in evidence.unpinned if path.partition(": ")[0] in named)
+    return replace(evidence, unpinned=unpinned), [row for row in controls if need_of(task, row["name"]) in named]
+
+
 def _nothing_to_judge(evidence: Evidence, grade) -> Judgement | None:
     """ERROR or NOT_RUN where an arm of the claim has no finished run; a failed cell is an error also where other
     seeds finished.
@@ -176,7 +186,7 @@ def _nothing_to_judge(evidence: Evidence, grade) -> Judgement | None:
             )
     for name in grade.contrast.names:
         if not any(run.status in FINISHED for run in evidence.arm(name, grade.at)):
-            return Judgement("NOT_RUN", f"no finished run of {name}", f"suite run {evidence.task.id}")
+            return Judgement("NOT_RUN", f"no finished run of {name}", f"suite run {need_of(evidence.task, name) or evidence.task.id}")
     return None
 
 

@@ -8,7 +8,7 @@ import itertools
 
 from suite.grade.launches import FINISHED
 from suite.plan import PATHS, canonical_json, differing_paths
-from suite.precision import contract_breaches, unsaid_points
+from suite.precision import breaches_of
 
 
 def violations(task, runs: list) -> list[tuple[str, str]]:
@@ -30,8 +30,7 @@ def _precision(protocol: str, runs: list) -> list[tuple[str, str]]:
     for run in runs:
         asked, executed = run.record.get("precision_asked") or {}, run.record.get("precision_executed") or {}
         if {"rollout", "train"} <= asked.keys():
-            lines = contract_breaches(asked, executed)
-            lines += [f"{point}: not recorded" for point in unsaid_points(protocol, executed)]
+            lines = breaches_of(protocol, asked, executed)
             found += [(run.arm, f"{run.record['cell']['name']}: precision: {line}") for line in lines]
     return found
 

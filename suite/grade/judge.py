@@ -87,12 +87,11 @@ def order_regions(num_arms: int, margin: float, form: str) -> list[Region]:
 
 
 def _in_order(found: dict, grade, levels: Levels) -> list[Compared]:
+    """Neighbours of an order, later against earlier; every pair where one region holds for all of them (an equivalence)."""
     form, names = order_form(grade), grade.contrast.names
     sign = {"ratio": "/", "difference": "-"}[form]
-    pairs = list(itertools.pairwise(names))
-    regions = (
-        [grade.accept] * len(pairs) if grade.accept else order_regions(len(names), grade.contrast.margin or 0.0, form)
-    )
+    pairs = list(itertools.combinations(names, 2) if grade.accept else itertools.pairwise(names))
+    regions = [grade.accept] * len(pairs) if grade.accept else order_regions(len(names), grade.contrast.margin or 0.0, form)
     return [
         (contrasts.contrast_of(f"{later} {sign} {earlier}", form, found[later], found[earlier], grade, levels), region)
         for (earlier, later), region in zip(pairs, regions, strict=True)

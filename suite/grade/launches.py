@@ -68,10 +68,16 @@ def arm_runs(task, runs: list, name: str, at: dict, other_runs: dict) -> list:
     """
     if task.protocol != "compare":
         return [run for run in runs if run.arm == name and same_point(run, at)]
-    for need in sorted(task.needs, key=len, reverse=True):
-        if name.startswith(need + "-"):
-            return [run for run in other_runs.get(need, []) if run.arm == name[len(need) + 1 :] and same_point(run, at)]
-    raise TaskError(task.file, "grade.contrast", name, f"<task>-<arm> with a task of {', '.join(task.needs)}")
+    need = need_of(task, name)
+    if need is None:
+        raise TaskError(task.file, "grade.contrast", name, f"<task>-<arm> with a task of {', '.join(task.needs)}")
+    return [run for run in other_runs.get(need, []) if run.arm == name[len(need) + 1 :] and same_point(run, at)]
+
+
+def need_of(task, name: str) -> str | None:
+    """The task of `needs` whose arm or control a comparison calls by this name."""
+    fitting = [need for need in task.needs if name.startswith(need + "-")]
+    return max(fitting, key=len, default=None)
 
 
 def launches(protocol: str, runs: list, grade) -> list[Launch]:

@@ -14,7 +14,7 @@ from suite import stats
 from suite.grade.contrasts import Levels
 from suite.grade.judge import Evidence, findings_of, inside, order_form, order_regions
 from suite.grade.launches import FINISHED, scale_of
-from suite.validate import unpinned_inputs
+from suite.validate import needed_tasks, unpinned_inputs
 
 # (estimand, form) -> standard deviation between launches. A ratio is on the log scale, a difference in the
 # estimand's own unit.
@@ -40,7 +40,7 @@ def design_power(task, runs: list | None = None) -> dict[str, dict]:
     margin.
     """
     graded = [claim for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
-    pinned = not unpinned_inputs(task)
+    pinned = not any(unpinned_inputs(one) for one in (task, *needed_tasks(task)))
     return {
         claim.id: _claim_power(task, claim, task.grade[claim.id], len(graded), pinned, runs or []) for claim in graded
     }
@@ -79,14 +79,13 @@ def _interval_power(task, claim, grade, num_seeds: int, levels: Levels, runs: li
     regions = [grade.accept]
     if ordered:
         num_arms = len(grade.contrast.order)
-        regions = (
-            [grade.accept] * (num_arms - 1)
-            if grade.accept
-            else order_regions(num_arms, grade.contrast.margin or 0.0, form)
-        )
+        if grade.accept:
+            regions = [grade.accept] * math.comb(num_arms, 2)
+        else:
+            regions = order_regions(num_arms, grade.contrast.margin or 0.0, form)
     sd, source = _sd(task, claim, grade, form, regions[0], runs)
     right = _right(claim, regions[0], scale, sd)
-    null = 0.0 if ordered else _null(grade, form, regions[0], scale, sd)
+    null = 0.0 if ordered and not grade.accept else _null(grade, form, regions[0], scale, sd)
     over_prompts = grade.interval is not None and grade.interval.method == "within_run"
     num, spread = (PROMPT_NUM, sd * math.sqrt(PROMPT_NUM)) if over_prompts else (num_seeds, sd)
     passes, spared = 1.0, 1.0  # pairs of an order are taken as independent

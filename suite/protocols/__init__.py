@@ -9,7 +9,8 @@ from pathlib import Path
 
 from suite import environment
 from suite.plan import Cell
-from suite.record import Run, RunWriter, open_run
+from suite.ranks import Ranks, join
+from suite.record import Run, RunWriter, SilentWriter, open_run, read_run
 from suite.task import Task
 
 MODULES = {
@@ -29,6 +30,7 @@ class Session:
     limit: int | None
     progress: Callable[..., None]
     open_cell: Callable[[Cell], RunWriter | Run]  # a finished Run if the cell is complete, else its writer
+    ranks: Ranks = Ranks()  # that run every cell together
 
     def run_cell(self, cell: Cell, stage: str, body: Callable[[RunWriter], None]) -> None:
         """Open the record of a cell, unless it is complete, and let `body` finish it. Whatever `body` raises is written
@@ -54,12 +56,26 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
         fresh: begin a new attempt for every cell, also where a finished one exists.
     Raises whatever ended a run: UserError and NotRunnable for the user, OSError for a full or read-only disk.
     """
+    ranks = join()
     machine = environment.collect(runs_dir)
     fingerprint = environment.fingerprint(machine)
     has_evidence = task.protocol != "dataset"
 
     def open_cell(cell: Cell) -> RunWriter | Run:
-        return open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+        found = None
+        if ranks.is_first:
+            found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+        return follow(found, ranks)
 
     protocol = importlib.import_module(MODULES[task.protocol])
-    protocol.run(cells, Session(task, limit, progress, open_cell))
+    protocol.run(cells, Session(task, limit, progress, open_cell, ranks))
+
+
+def follow(found: RunWriter | Run | None, ranks: Ranks) -> RunWriter | Run:
+    """What rank 0 opened; on the other ranks the same run, or a writer that keeps everything to itself."""
+    folder, record, metrics, is_open = ranks.first(
+        (found.folder, found.record, found.metrics, isinstance(found, RunWriter)) if found else None
+    )
+    if found:
+        return found
+    return SilentWriter(folder, record, metrics) if is_open else read_run(folder)

@@ -10,6 +10,7 @@ from suite.batch import Request, Rollout, request_seed
 from suite.data import Prompt, token_ids
 from suite.models import hub_commit, load_tokenizer, model_folder, stop_token_ids, weights_sha256
 from suite.plan import Cell
+from suite.ranks import Ranks
 from suite.protocols import Session
 from suite.rewards import FORMAT_OF_TEMPLATE, RewardPool
 from suite.rollouts import load_sampler
@@ -22,8 +23,8 @@ SAMPLER_SETTINGS = ("model", "rollout", "precision.rollout", "precision.kv_cache
 class Engines:
     """The sampler of a group and the trainers its cells ask for, each loaded when first needed."""
 
-    def __init__(self, cell: Cell):
-        self._cell = cell
+    def __init__(self, cell: Cell, ranks: Ranks = Ranks()):
+        self._cell, self.ranks = cell, ranks
         self._sampler, self._trainers, self._folder, self._tokenizer = None, {}, None, None
         self.rewards = reward_pool(cell.settings["data"])
 
@@ -66,7 +67,7 @@ class Engines:
         if "changing" in self._trainers:
             self._trainers.pop("changing").close()
         train, precision = cell.settings["train"], cell.settings["precision"]
-        trainer = load_trainer(self.folder, train, precision, cell.get("rollout.temperature"), seed=cell.seed)
+        trainer = load_trainer(self.folder, train, precision, cell.get("rollout.temperature"), cell.seed, self.ranks)
         self._trainers["changing"] = trainer
         return trainer
 
@@ -109,7 +110,7 @@ def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Ca
     """Every cell that has no finished record, in groups that share a sampler. `run_cell(cell, writer, engines, session)`
     ends with the record finished (Session.run_cell says what becomes of an error)."""
     for group in group_cells(cells, SAMPLER_SETTINGS):
-        engines = Engines(group[0])
+        engines = Engines(group[0], session.ranks)
         try:
             for cell in group:
                 session.run_cell(cell, stage, lambda writer, cell=cell: run_cell(cell, writer, engines, session))

@@ -10,6 +10,9 @@
         sync        the new weights to the sampler, and the probe that they arrived
         record      evidence, one line of metrics; a checkpoint every few steps
 
+Where train.parallel.data says so, several ranks run this loop together: each samples, rewards, scores and back-propagates
+its share, every one has the whole step (suite/ranks.py), and rank 0 records it.
+
 All randomness is a function of launch seed and step: the order of problems, the mini-batches, the sampling noise. So a
 run that was killed goes on from its last checkpoint and ends with the same series, bit for bit.
 """
@@ -56,7 +59,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     algorithm = resolve(settings.pop("name"), **settings)
     prompts = load_prompts(cell.settings["data"], cell.get("data.seed", None) or 0)
     precision = Precision.of(cell.settings["precision"])
-    wire = precision.wire
+    wire, ranks = precision.wire, session.ranks
     sampler, trainer = engines.sampler, engines.new_trainer(cell)
     writer.update(algorithm=algorithm.settings(), weights=engines.weights)
 
@@ -82,13 +85,13 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     for step in range(done, done if diverged else num_steps):
         clock = Clock()
         batch = _prompts_of_step(prompts, schedule["prompts_per_step"], step, cell.seed)
-        rollouts = sampler.sample(engines.requests(batch, cell.seed, step))
+        rollouts = ranks.spread(engines.requests(batch, cell.seed, step), sampler.sample)
         clock.lap("t_sample_s")
-        rewards = engines.reward(rollouts, batch)
+        rewards = ranks.spread(rollouts, lambda share: engines.reward(share, batch))
         clock.lap("t_rest_s")
 
         sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
-        trainer_logprobs = trainer.score(sequences)
+        trainer_logprobs = ranks.spread(sequences, trainer.score)
         clock.lap("t_score_s")
         if step and not _finite(rollouts, trainer_logprobs):
             session.progress(cell.name, step, num_steps, "log-probs are not finite: the run has diverged")
@@ -115,14 +118,16 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         clock.lap("t_rest_s")
         writer.append(row | clock.laps, evidence)
         writer.note_executed(sampler.executed() | trainer.executed() | {"wire": travelled})
-        if (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps:
+        due = (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps
+        if due and ranks.is_first:
             save_checkpoint(writer.folder / "checkpoint", step + 1, trainer.state_dict())
         session.progress(cell.name, step + 1, num_steps, f"reward {row['reward_mean']:.3f}, k3 {row['k3_nats_per_token']:.1e}")
 
         diverged = _diverged(writer.metrics, schedule["minibatches"])
         if diverged:
             break
-    _finish(writer, diverged)
+    if ranks.is_first:
+        _finish(writer, diverged)
 
 
 def _diverged(metrics: list[dict], num_updates: int) -> bool:
@@ -222,7 +227,7 @@ def _probe(prompts: list[Prompt], engines: Engines, precision: str) -> Probe:
     sequences = engines.scorable(rollouts)
     if not sequences:
         raise UserError("rollout.max_model_len: none of the first problems leaves room for a response of two tokens")
-    return Probe(sequences, precision)
+    return Probe(sequences, precision, engines.ranks)
 
 
 def _finish(writer: RunWriter, diverged: bool) -> None:

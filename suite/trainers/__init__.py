@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from suite.errors import NotRunnable
+from suite.ranks import Ranks
 
 
 class Trainer(Protocol):
@@ -22,10 +23,12 @@ class Trainer(Protocol):
     def close(self) -> None: ...
 
 
-def load_trainer(model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0) -> Trainer:
-    """The trainer that `train` (a resolved settings section) asks for; `seed` draws weights that no checkpoint holds."""
+def load_trainer(model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0,
+                 ranks: Ranks = Ranks()) -> Trainer:
+    """The trainer that `train` (a resolved settings section) asks for; `seed` draws weights that no checkpoint holds, and
+    its gradient steps are taken together with the other `ranks`."""
     if train["engine"] != "dense":
         raise NotRunnable(f"train.engine {train['engine']!r} is not part of this version; dense is")
     from suite.trainers.dense import DenseTrainer
 
-    return DenseTrainer(model_path, train, precision, temperature, seed)
+    return DenseTrainer(model_path, train, precision, temperature, seed, ranks)

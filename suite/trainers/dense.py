@@ -8,6 +8,8 @@ bounded number of them at a time, so that peak memory does not grow with batch x
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from suite.batch import MiniBatch, pad_sequences
 from suite.errors import UserError
 from suite.losses import LossStatistics, policy_loss
 from suite.precision import Precision, dtype_name, torch_dtype
+from suite.ranks import Ranks, ReplicaError
 from suite.trainers.health import ActivationWatch, underflow_share
 from suite.trainers.lora import add_adapters, merged_weights
 from suite.trainers.loss_scale import LossScaler
@@ -34,13 +37,14 @@ DEFAULT_MICRO_BATCH_SIZE = 32
 
 class DenseTrainer:
     """One model in one compute dtype. `score` gives log pi in nats, with the batch shape that train.score_batch_size fixes;
-    `update` takes one gradient step. A trainer without train.optimizer only scores, and holds no masters. With train.lora
-    the adapters alone are trained; `seed` draws what they start from.
+    `update` takes one gradient step, together with the trainers of the other `ranks`. A trainer without train.optimizer only
+    scores, and holds no masters. With train.lora the adapters alone are trained; `seed` draws what they start from.
     """
 
-    def __init__(self, model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0):
+    def __init__(self, model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0,
+                 ranks: Ranks = Ranks()):
         asked = Precision.of(precision)
-        self._train, self._temperature = train, temperature
+        self._train, self._temperature, self._ranks = train, temperature, ranks
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype, self._head_dtype = torch_dtype(asked.train), torch_dtype(asked.trainer_head)
         self._can_train = train.get("optimizer") is not None
@@ -163,33 +167,44 @@ class DenseTrainer:
         return logits if self._temperature in (0, 1) else logits / self._temperature
 
     def update(self, batch: MiniBatch, algorithm: Algorithm) -> dict[str, float]:
-        """One gradient step on a mini-batch: forward and backward in micro-batches, then unscale, check, clip, step.
+        """One gradient step on a mini-batch: forward and backward in micro-batches, shared out over the ranks, then add up,
+        unscale, check, clip, step.
 
         Returns the metrics of the step, named as in metrics.jsonl. A loss or gradient that is not finite skips the step.
         Rows without any advantage have a gradient of exactly 0, which says nothing about underflow: a micro-batch of such
-        rows does not count towards its share, and a mini-batch of them reports none.
+        rows does not count towards its share, and a mini-batch of them reports none. Raises ReplicaError if the ranks
+        took different steps.
         """
         size = self._train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE
         order = sorted(range(len(batch.sequences)), key=lambda i: (len(batch.sequences[i][0]), i))
-        statistics: LossStatistics | None = None
-        total, underflow = 0.0, []
+        parts = self._ranks.share([order[start : start + size] for start in range(0, len(order), size)])
         self._model.train(bool(self._train.get("gradient_checkpointing")))  # transformers recomputes in this mode alone
         with self._products(), self._watch:
-            for start in range(0, len(order), size):
-                rows = batch.rows(order[start : start + size])
-                output = self._loss(rows, algorithm, len(batch.sequences), batch.num_response_tokens)
-                self.scaler.scale(output.loss).backward()
-                if rows.advantages.any():
-                    underflow.append((underflow_share(self._model), len(rows.sequences)))
-                self.masters.collect()
-                total += output.loss.item()
-                statistics = output.statistics if statistics is None else statistics + output.statistics
+            done = [self._backward(batch.rows(part), algorithm, batch) for part in parts]
         self._model.eval()
-        report = {"loss": total, "activation_max_abs": self._watch.largest}
+        done = [one for share in self._ranks.gather(done) for one in share]
+        report = {
+            "loss": sum(loss for loss, _, _ in done),
+            "activation_max_abs": max(self._ranks.gather(self._watch.largest)),
+        }
+        underflow = [pair for _, _, pair in done if pair]
         if underflow:
             shares, num_rows = zip(*underflow)
             report["grad_underflow_share"] = float(np.average(shares, weights=num_rows))
-        return report | statistics.metrics() | self.masters.step(self.scaler, self._train.get("grad_clip"))
+        self._ranks.add_up(self.masters.gradients() if self._ranks.size > 1 else [])
+        stepped = self.masters.step(self.scaler, self._train.get("grad_clip"))
+        if len(norms := {repr(norm) for norm in self._ranks.gather(stepped["grad_norm"])}) > 1:
+            raise ReplicaError(f"the trainers of the ranks took different steps: gradient norms {', '.join(sorted(norms))}")
+        return report | reduce(add, (statistics for _, statistics, _ in done)).metrics() | stepped
+
+    def _backward(self, rows: MiniBatch, algorithm: Algorithm, batch: MiniBatch):
+        """Gradients of one micro-batch of `batch` into the masters. Returns its loss, its statistics, and (share of the
+        gradients that underflowed, rows) if any row has an advantage."""
+        output = self._loss(rows, algorithm, len(batch.sequences), batch.num_response_tokens)
+        self.scaler.scale(output.loss).backward()
+        underflow = (underflow_share(self._model), len(rows.sequences)) if rows.advantages.any() else None
+        self.masters.collect()
+        return output.loss.item(), output.statistics, underflow
 
     def _loss(self, rows: MiniBatch, algorithm: Algorithm, num_sequences: int, num_tokens: int):
         padded = pad_sequences(rows.sequences, len(rows.sequences))

@@ -44,6 +44,13 @@ class MasterWeights:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             p.grad = None
 
+    def gradients(self) -> list[torch.Tensor]:
+        """The fp32 gradient of every master, zeros where no micro-batch left one: what ranks add up."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters.values()]
+
     def step(self, scaler: LossScaler, grad_clip: float | None) -> dict[str, float]:
         """Unscale, check, clip, update, round. A step with a gradient that is not finite is skipped and counted.
 

@@ -1,0 +1,239 @@
+"""Several ranks that run one cell together: shares, sums, and a whole run beside the same run in one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from suite.algorithms import resolve  # noqa: E402
+from suite.launch import _as_ranks  # noqa: E402
+from suite.ranks import Ranks, ReplicaError, join  # noqa: E402
+from suite.trainers import load_trainer  # noqa: E402
+from small_models import OPTIMIZER, TRAIN, write_model  # noqa: E402
+from test_dense_trainer import FP16, FP32, minibatch, sequences  # noqa: E402
+from test_launch import REPO, finish, needs_two_cores  # noqa: E402
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_shares_of_all_ranks_are_the_list(size):
+    for length in (0, 1, 5, 16):
+        items = list(range(length))
+        shares = [Ranks(rank, size).share(items) for rank in range(size)]
+        assert [item for share in shares for item in share] == items
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_is_its_own_rank(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = join()
+    assert alone == Ranks() and alone.is_first and alone.gather(3) == [3] and alone.first("x") == "x"
+    assert alone.spread([1, 2, 3], lambda share: [-item for item in share]) == [-1, -2, -3]
+
+
+# --- the trainer, in two processes ------------------------------------------------------------------------------------
+
+
+def in_two_processes(work, *args):
+    """`work(ranks, *args)` in two processes, the last argument a folder; returns what each of them gave."""
+    together = _as_ranks(2)
+    torch.multiprocessing.spawn(_rank, args=(together, work, args), nprocs=2)
+    return [torch.load(args[-1] / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _rank(rank: int, together, work, args) -> None:
+    torch.set_num_threads(1)
+    os.environ |= together[rank]
+    torch.save(work(join(), *args), args[-1] / f"{rank}.pt")
+
+
+def talk(ranks, folder):
+    """What a pair of ranks says to each other."""
+    tensor = torch.full((3,), 1.0 + ranks.rank)
+    ranks.add_up([tensor])
+    return {
+        "gathered": ranks.gather({"rank": ranks.rank, "text": "x" * (1 + 1000 * ranks.rank)}),
+        "first": ranks.first(f"from {ranks.rank}"),
+        "spread": ranks.spread(list(range(5)), lambda share: [(ranks.rank, item) for item in share]),
+        "sum": tensor,
+    }
+
+
+def test_two_ranks_gather_spread_and_add_up(tmp_path):
+    for said in in_two_processes(talk, tmp_path):
+        assert [(one["rank"], len(one["text"])) for one in said["gathered"]] == [(0, 1), (1, 1001)]
+        assert said["first"] == "from 0" and said["sum"].tolist() == [3.0] * 3
+        assert said["spread"] == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+
+
+def steps(ranks, model, precision, changes, folder):
+    """Three steps; masters and reports."""
+    train = TRAIN | {"optimizer": OPTIMIZER, "grad_clip": 1.0, "micro_batch_size": 2} | changes
+    ours = load_trainer(model, train, precision, 1.0, 0, ranks)
+    rows, reports = sequences(9), []
+    for seed in range(3):
+        advantages = np.random.default_rng(seed).normal(size=9).astype(np.float32)
+        reports.append(ours.update(minibatch(rows, ours.score(rows), advantages), resolve("GRPO-Token-TIS")))
+    return {"masters": {name: p.detach() for name, p in ours.masters.masters.items()}, "reports": reports}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4, "alpha": 8, "targets": ("q_proj", "down_proj")}}], ids=["all", "lora"])
+def test_two_ranks_take_the_step_of_one(model, tmp_path, changes):
+    alone = steps(Ranks(), model, FP32, changes, None)
+    first, second = in_two_processes(steps, model, FP32, changes, tmp_path)
+    for name, master in first["masters"].items():
+        assert torch.equal(master, second["masters"][name]), name
+        torch.testing.assert_close(master, alone["masters"][name], atol=2e-4, rtol=0)  # Adam's first steps: lr x a sign
+    for found, other, expected in zip(first["reports"], second["reports"], alone["reports"], strict=True):
+        assert found == other
+        assert found == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    assert first["reports"][0] == pytest.approx(alone["reports"][0], rel=1e-5)
+
+
+def one_overflow(ranks, model, folder):
+    """The longest rows, which are rank 1's, have an advantage whose scaled gradient overflows in fp16."""
+    train = TRAIN | {"optimizer": OPTIMIZER, "grad_clip": 1.0, "micro_batch_size": 2}
+    ours = load_trainer(model, train, FP16, 1.0, 0, ranks)
+    rows = sorted(sequences(8), key=lambda row: len(row[0]))
+    advantages = np.array([1, -1] * 3 + [1e6, -1e6], np.float32)
+    report = ours.update(minibatch(rows, ours.score(rows), advantages), resolve("REINFORCE"))
+    return {"skipped": report["step_skipped"], "scale": ours.scaler.scale_value}
+
+
+def test_a_gradient_that_overflows_on_one_rank_skips_the_step_on_both(model, tmp_path):
+    assert in_two_processes(one_overflow, model, tmp_path) == [{"skipped": 1, "scale": 32768.0}] * 2
+
+
+def apart(ranks, model, folder):
+    ours = load_trainer(model, TRAIN | {"optimizer": OPTIMIZER, "micro_batch_size": 2}, FP32, 1.0, 0, ranks)
+    rows = sequences(8)
+    ours.masters.gradients = list  # nothing to add up: each keeps its own gradient
+    try:
+        ours.update(minibatch(rows, ours.score(rows)), resolve("GRPO"))
+    except ReplicaError:
+        return {"caught": True}
+    return {"caught": False}
+
+
+def test_ranks_that_take_different_steps_are_caught(model, tmp_path):
+    assert in_two_processes(apart, model, tmp_path) == [{"caught": True}] * 2
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+TASK = """\
+schema: 1
+id: together
+version: 1
+grade_version: 1
+tier: desk
+title: RL on several ranks
+extends: [desk-model]
+protocol: rl
+data: {num_prompts: 4, num_terms: [4, 6], seed: 0}
+rollout: {engine: ENGINE, samples_per_prompt: 4, temperature: 1.0, top_p: 1.0, max_tokens: 64, max_model_len: 128,
+          max_num_seqs: 16, max_num_batched_tokens: 2048, kv_cache_gib: 1.0}
+train:
+  engine: dense
+  score_batch_size: 4
+  micro_batch_size: 2
+  grad_clip: 1.0
+  optimizer: {name: adamw, lr: 1.0e-4, betas: [0.9, 0.95], eps: 1.0e-15, weight_decay: 0.0}
+  parallel: {data: RANKS}
+algorithm: {name: GRPO}
+schedule: {steps: 4, prompts_per_step: 4, minibatches: 2, checkpoint_every: 1}
+arms:
+  fp32: {precision: {rollout: fp32, train: fp32}}
+  bf16: {precision: {rollout: bf16, train: bf16}}
+vary: [precision]
+seeds: [0]
+claims:
+  - {id: C1-x, about: C1, kind: report, statement: s}
+grade:
+  C1-x: {estimand: reward_mean, contrast: {arm: bf16}}
+resources: {gpus: 0, gpu_mem_gib: 0, disk_gib: 1, cpu_ok: true}
+"""
+
+
+def start(tmp_path: Path, ranks: int, engine: str = "hf", *flags: str, **more) -> subprocess.Popen:
+    task = tmp_path / f"{ranks}" / "together.yaml"
+    task.parent.mkdir(exist_ok=True)
+    task.write_text(TASK.replace("RANKS", str(ranks)).replace("ENGINE", engine))
+    words = [sys.executable, "-m", "suite", "run", str(task), "--out", str(tmp_path / f"runs{ranks}"), *flags]
+    return subprocess.Popen(words, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
+
+
+def run_of(tmp_path: Path, ranks: int, arm: str) -> tuple[dict, list[dict]]:
+    (path,) = (tmp_path / f"runs{ranks}" / "together").glob(f"{arm}.s0/*/record.json")
+    rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    return json.loads(path.read_text()), [{k: v for k, v in row.items() if not k.startswith("t_")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with the run of two ranks that nobody disturbed, both arms."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(folder, 2))
+    return folder
+
+
+@needs_two_cores
+@pytest.mark.engine
+def test_a_run_of_two_ranks_is_that_of_one_up_to_rounding(tmp_path, whole):
+    finish(start(tmp_path, 1, "hf", "--arm", "fp32"))
+    (one, alone), (two, together) = run_of(tmp_path, 1, "fp32"), run_of(whole, 2, "fp32")
+    assert one["status"] == two["status"] == "success" and len(together) == 4
+    assert one["counts"] == two["counts"], "the same rollouts, all of them recorded"
+    for a, b in zip(alone, together, strict=True):
+        for name in ("reward_mean", "num_response_tokens", "step_skipped"):
+            assert a[name] == b[name], name
+        for name in ("grad_norm", "entropy_nats", "loss"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+    assert max(row["k3_nats_per_token"] for row in together) < 1e-9
+
+
+@needs_two_cores
+@pytest.mark.engine
+def test_two_ranks_with_vllm_each_follow_their_trainers_through_two_engines(tmp_path):
+    pytest.importorskip("vllm")
+    finish(start(tmp_path, 2, "vllm", "--nproc", "2"))
+    for arm, floor in (("fp32", 1e-9), ("bf16", 1e-3)):
+        record, rows = run_of(tmp_path, 2, arm)
+        assert record["status"] == "success" and record["precision_executed"]["sampler_engine"] == "vllm"
+        assert record["environment"]["env"]["WORLD_SIZE"] == "2" and record["counts"]["num_rollouts"] == 64
+        assert max(row["k3_nats_per_token"] for row in rows) < floor
+
+
+@needs_two_cores
+@pytest.mark.engine
+def test_a_rank_that_dies_ends_its_group_and_the_same_command_goes_on_bit_for_bit(tmp_path, whole):
+    with start(tmp_path, 2, "hf", "--arm", "bf16", start_new_session=True) as running:
+        next(line for line in running.stderr if "bf16.s0 2/4" in line)
+        found = subprocess.run(["pgrep", "-f", f"{tmp_path}/2/together.yaml.*--cell"], capture_output=True, text=True, check=True)
+        os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+        said = running.stderr.read()
+        assert running.wait(60) == 11 and "(exit -9) of 2 failed" in said
+    finish(start(tmp_path, 2, "hf", "--arm", "bf16"))
+    assert run_of(tmp_path, 2, "bf16")[1] == run_of(whole, 2, "bf16")[1]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("ranks", "flags", "env", "said"), [
+    (2, ["--nproc", "3"], {}, "--nproc: found 3, allowed: a multiple of 2 (train.parallel.data)"),
+    (2, [], {"WORLD_SIZE": "4"}, "WORLD_SIZE: found 4, allowed: 2, the ranks of a cell"),
+    (64, [], {}, "--nproc: found 64, allowed: at most"),
+])  # fmt: skip
+def test_numbers_of_processes_that_do_not_fit_are_refused(tmp_path, ranks, flags, env, said):
+    refused = start(tmp_path, ranks, "hf", *flags, env=os.environ | env)
+    assert said in refused.communicate()[1] and refused.returncode == 2
