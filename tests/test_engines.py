@@ -120,9 +120,9 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(engine):
 
     folder = find_repo() / "baselines/desk/qwen2-1m"
     tokenizer = load_tokenizer(folder)
-    prompts = load_prompts({"id": "desk", "template": "desk", "num_prompts": 6, "num_terms": [4, 8]})
+    prompts = load_prompts({"id": "desk", "template": "desk", "num_prompts": 12, "num_terms": [4, 8]})
     requests = [Request(p.prompt_id, 0, tuple(token_ids(p, tokenizer)), 7 + i) for i, p in enumerate(prompts)]
-    stop = ("=1", "</think>")  # two tokens of one byte each, and one token of eight
+    stop = ("=3", "</think>")  # two tokens of one byte each, and one token of eight
 
     def sampled(**changes):
         sampler = load_sampler(folder, ROLLOUT | {"engine": engine, "max_tokens": 128} | changes, "fp32", [257])

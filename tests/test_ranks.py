@@ -37,23 +37,12 @@ def test_one_process_is_its_own_rank(monkeypatch):
     assert alone.spread([1, 2, 3], lambda share: [-item for item in share]) == [-1, -2, -3]
 
 
-# --- the trainer, in two processes ------------------------------------------------------------------------------------
+# --- in two processes -------------------------------------------------------------------------------------------------
+
+LORA = {"lora": {"rank": 4, "alpha": 8, "targets": ("q_proj", "down_proj")}}
 
 
-def in_two_processes(work, *args):
-    """`work(ranks, *args)` in two processes, the last argument a folder; returns what each of them gave."""
-    together = _as_ranks(2)
-    torch.multiprocessing.spawn(_rank, args=(together, work, args), nprocs=2)
-    return [torch.load(args[-1] / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def _rank(rank: int, together, work, args) -> None:
-    torch.set_num_threads(1)
-    os.environ |= together[rank]
-    torch.save(work(join(), *args), args[-1] / f"{rank}.pt")
-
-
-def talk(ranks, folder):
+def talk(ranks):
     """What a pair of ranks says to each other."""
     tensor = torch.full((3,), 1.0 + ranks.rank)
     ranks.add_up([tensor])
@@ -65,22 +54,45 @@ def talk(ranks, folder):
     }
 
 
-def test_two_ranks_gather_spread_and_add_up(tmp_path):
-    for said in in_two_processes(talk, tmp_path):
-        assert [(one["rank"], len(one["text"])) for one in said["gathered"]] == [(0, 1), (1, 1001)]
-        assert said["first"] == "from 0" and said["sum"].tolist() == [3.0] * 3
-        assert said["spread"] == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+def trainer(model, ranks, precision=FP32, **changes):
+    return load_trainer(model, TRAIN | {"optimizer": OPTIMIZER, "grad_clip": 1.0, "micro_batch_size": 2} | changes, precision, 1.0, 0, ranks)
 
 
-def steps(ranks, model, precision, changes, folder):
+def steps(ranks, model, changes):
     """Three steps; masters and reports."""
-    train = TRAIN | {"optimizer": OPTIMIZER, "grad_clip": 1.0, "micro_batch_size": 2} | changes
-    ours = load_trainer(model, train, precision, 1.0, 0, ranks)
-    rows, reports = sequences(9), []
+    ours, rows, reports = trainer(model, ranks, **changes), sequences(9), []
     for seed in range(3):
         advantages = np.random.default_rng(seed).normal(size=9).astype(np.float32)
         reports.append(ours.update(minibatch(rows, ours.score(rows), advantages), resolve("GRPO-Token-TIS")))
     return {"masters": {name: p.detach() for name, p in ours.masters.masters.items()}, "reports": reports}
+
+
+def one_overflow(ranks, model):
+    """The longest rows, which are rank 1's, have an advantage whose scaled gradient overflows in fp16."""
+    ours, rows = trainer(model, ranks, FP16), sorted(sequences(8), key=lambda row: len(row[0]))
+    advantages = np.array([1, -1] * 3 + [1e6, -1e6], np.float32)
+    report = ours.update(minibatch(rows, ours.score(rows), advantages), resolve("REINFORCE"))
+    return {"skipped": report["step_skipped"], "scale": ours.scaler.scale_value}
+
+
+def apart(ranks, model):
+    """Whether ranks that do not add their gradients up are caught."""
+    ours, rows = trainer(model, ranks), sequences(8)
+    ours.masters.gradients = list
+    try:
+        ours.update(minibatch(rows, ours.score(rows)), resolve("GRPO"))
+    except ReplicaError:
+        return True
+    return False
+
+
+def _rank(rank: int, together, model, folder) -> None:
+    torch.set_num_threads(1)
+    os.environ |= together[rank]
+    ranks = join()
+    found = {"talk": talk(ranks), "all": steps(ranks, model, {}), "lora": steps(ranks, model, LORA),
+             "overflow": one_overflow(ranks, model), "apart": apart(ranks, model)}  # fmt: skip
+    torch.save(found, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +100,25 @@ def model(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 4, "alpha": 8, "targets": ("q_proj", "down_proj")}}], ids=["all", "lora"])
-def test_two_ranks_take_the_step_of_one(model, tmp_path, changes):
-    alone = steps(Ranks(), model, FP32, changes, None)
-    first, second = in_two_processes(steps, model, FP32, changes, tmp_path)
+@pytest.fixture(scope="module")
+def pair(model, tmp_path_factory):
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.multiprocessing.spawn(_rank, args=(_as_ranks(2), model, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_ranks_gather_spread_and_add_up(pair):
+    for said in (found["talk"] for found in pair):
+        assert [(one["rank"], len(one["text"])) for one in said["gathered"]] == [(0, 1), (1, 1001)]
+        assert said["first"] == "from 0" and said["sum"].tolist() == [3.0] * 3
+        assert said["spread"] == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4)]
+
+
+@pytest.mark.parametrize("trained", ["all", "lora"])
+def test_two_ranks_take_the_step_of_one(model, pair, trained):
+    alone = steps(Ranks(), model, LORA if trained == "lora" else {})
+    first, second = (found[trained] for found in pair)
     for name, master in first["masters"].items():
         assert torch.equal(master, second["masters"][name]), name
         torch.testing.assert_close(master, alone["masters"][name], atol=2e-4, rtol=0)  # Adam's first steps: lr x a sign
@@ -101,33 +128,12 @@ def test_two_ranks_take_the_step_of_one(model, tmp_path, changes):
     assert first["reports"][0] == pytest.approx(alone["reports"][0], rel=1e-5)
 
 
-def one_overflow(ranks, model, folder):
-    """The longest rows, which are rank 1's, have an advantage whose scaled gradient overflows in fp16."""
-    train = TRAIN | {"optimizer": OPTIMIZER, "grad_clip": 1.0, "micro_batch_size": 2}
-    ours = load_trainer(model, train, FP16, 1.0, 0, ranks)
-    rows = sorted(sequences(8), key=lambda row: len(row[0]))
-    advantages = np.array([1, -1] * 3 + [1e6, -1e6], np.float32)
-    report = ours.update(minibatch(rows, ours.score(rows), advantages), resolve("REINFORCE"))
-    return {"skipped": report["step_skipped"], "scale": ours.scaler.scale_value}
+def test_a_gradient_that_overflows_on_one_rank_skips_the_step_on_both(pair):
+    assert [found["overflow"] for found in pair] == [{"skipped": 1, "scale": 32768.0}] * 2
 
 
-def test_a_gradient_that_overflows_on_one_rank_skips_the_step_on_both(model, tmp_path):
-    assert in_two_processes(one_overflow, model, tmp_path) == [{"skipped": 1, "scale": 32768.0}] * 2
-
-
-def apart(ranks, model, folder):
-    ours = load_trainer(model, TRAIN | {"optimizer": OPTIMIZER, "micro_batch_size": 2}, FP32, 1.0, 0, ranks)
-    rows = sequences(8)
-    ours.masters.gradients = list  # nothing to add up: each keeps its own gradient
-    try:
-        ours.update(minibatch(rows, ours.score(rows)), resolve("GRPO"))
-    except ReplicaError:
-        return {"caught": True}
-    return {"caught": False}
-
-
-def test_ranks_that_take_different_steps_are_caught(model, tmp_path):
-    assert in_two_processes(apart, model, tmp_path) == [{"caught": True}] * 2
+def test_ranks_that_take_different_steps_are_caught(pair):
+    assert [found["apart"] for found in pair] == [True, True]
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------

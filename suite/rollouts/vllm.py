@@ -69,11 +69,11 @@ class VllmSampler:
     def _params(self, request: Request):
         from vllm import SamplingParams
 
-        rollout = self._rollout
+        rollout, stop = self._rollout, list(self._rollout.get("stop") or ())
         return SamplingParams(
             temperature=rollout["temperature"], top_p=rollout["top_p"], top_k=rollout.get("top_k") or 0,
             max_tokens=self._room(request), seed=request.seed, logprobs=0, flat_logprobs=True,
-            stop_token_ids=self._stop_token_ids, stop=rollout.get("stop"), detokenize=bool(rollout.get("stop")),
+            stop_token_ids=self._stop_token_ids, stop=stop, detokenize=bool(stop),
         )  # fmt: skip
 
     def _room(self, request: Request) -> int:
