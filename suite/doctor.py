@@ -66,7 +66,9 @@ def unsupported_reason(cells) -> str | None:
 
 def _unsupported(cell) -> list[str]:
     train, schedule = cell.settings.get("train") or {}, cell.settings.get("schedule") or {}
-    parallel = {name: size for name, size in (train.get("parallel") or {}).items() if size and size > 1 and name != "data"}
+    parallel = {name: size for name, size in (train.get("parallel") or {}).items() if size and size > 1}
+    if schedule.get("steps"):  # RL runs on several ranks; other protocols deal whole cells out
+        parallel.pop("data", None)
     asked = {
         "train.engine": train.get("engine") == "moe" and "moe",
         "train.parallel": ", ".join(f"{name} {size}" for name, size in parallel.items()),

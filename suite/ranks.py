@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,6 +21,10 @@ from datetime import timedelta
 
 class ReplicaError(RuntimeError):
     """Ranks that must hold the same weights do not."""
+
+
+class PeerLost(RuntimeError):
+    """Another rank ended while this one waited for it; what ended it is that rank's to tell."""
 
 
 PATIENCE = timedelta(minutes=30)  # a long step of another rank; a dead one is noticed by the launcher
@@ -60,7 +66,10 @@ class Ranks:
         import torch
 
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        self.group.allgather([found], [tensor]).wait()
+        try:
+            self.group.allgather([found], [tensor]).wait()
+        except RuntimeError as problem:
+            raise PeerLost("another rank ended; its own error says why") from problem
         return found
 
     def first(self, value):
@@ -74,14 +83,12 @@ class Ranks:
 
 
 def join() -> Ranks:
-    """The ranks of this process, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as suite/launch.py and torchrun set
-    them."""
+    """The ranks of this process, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as suite/launch.py sets them."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size == 1:
         return Ranks()
     from torch.distributed import ProcessGroupGloo, TCPStore
 
-    own_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun keeps one already
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(*address, size, rank == 0 and own_store, timeout=PATIENCE)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # told by the launcher: leave a record of it
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0, timeout=PATIENCE)
     return Ranks(rank, size, ProcessGroupGloo(store, rank, size, PATIENCE))

@@ -290,13 +290,9 @@ class RunWriter:
         return read_run(self.folder)
 
     def fail(self, phase: str, error: BaseException) -> None:
-        """Close a run that an error ended: `failed` with class, phase and message, `killed` after Ctrl-C, `planned` where
-        this machine lacks something that the run needs."""
-        status = "killed" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
-        status = "planned" if isinstance(error, NotRunnable) else status
-        message = {"class": type(error).__name__, "phase": phase, "message": str(error)[:2000]}
+        """Close a run that an error ended."""
         try:
-            self.update(status=status, error=message)
+            self.update(**failure(phase, error))
         finally:
             self.close()
 
@@ -305,6 +301,14 @@ class RunWriter:
             (self.folder / LOCK_NAME).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
+
+
+def failure(phase: str, error: BaseException) -> dict:
+    """What a record says of an error: `failed` with class, phase and message, `killed` after Ctrl-C, `planned` where this
+    machine lacks something that the run needs."""
+    status = "killed" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+    status = "planned" if isinstance(error, NotRunnable) else status
+    return {"status": status, "error": {"class": type(error).__name__, "phase": phase, "message": str(error)[:2000]}}
 
 
 class SilentWriter(RunWriter):
@@ -321,6 +325,9 @@ class SilentWriter(RunWriter):
 
     def update(self, **fields) -> None:
         self.record.update(fields)
+
+    def finish(self, *_, **__) -> Run:
+        raise AssertionError("rank 0 alone finishes a run")
 
 
 def _joined(before: str | None, found: str) -> str:

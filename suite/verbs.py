@@ -279,17 +279,20 @@ def _check_machine(task: Task, runs_dir: Path) -> None:
 
 
 def _run_cells(args, task: Task, cells: list[Cell]) -> None:
-    group_size = _ranks_per_cell(cells)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world not in (1, group_size):
-        raise UserError(f"WORLD_SIZE: found {world}, allowed: {group_size}, the ranks of a cell; --nproc deals cells out")
-    if world == 1 and (group_size > 1 or args.nproc > 1 or args.launcher):
-        return _deal_cells(args, cells, group_size)
+    from suite.launch import WORKER_VARIABLE
+
+    group_size, world = _ranks_per_cell(cells), os.environ.get("WORLD_SIZE", "1")
+    if WORKER_VARIABLE not in os.environ:
+        if world != "1":
+            raise UserError(f"WORLD_SIZE: found {world}, allowed: nothing or 1; --nproc starts the processes")
+        if group_size > 1 or args.nproc > 1 or args.launcher:
+            return _deal_cells(args, cells, group_size)
     from suite.progress import Progress
     from suite.protocols import run_task
+    from suite.ranks import join
 
     with Progress(len(cells)) as progress:
-        run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress)
+        run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress, ranks=join())
 
 
 def _ranks_per_cell(cells: list[Cell]) -> int:
@@ -306,6 +309,8 @@ def _deal_cells(args, cells: list[Cell], group_size: int) -> None:
     from suite.launch import Place, deal, places, run_workers
 
     num = max(args.nproc, group_size)
+    if args.launcher and group_size > 1:
+        raise UserError(f"--launcher: found {args.launcher!r}, allowed: nothing, with train.parallel.data {group_size}: ranks of a cell need one machine")
     if num % group_size:
         raise UserError(f"--nproc: found {num}, allowed: a multiple of {group_size} (train.parallel.data)")
     blocks = deal(cells, num // group_size)

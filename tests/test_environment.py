@@ -118,7 +118,8 @@ def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
 
 
 @pytest.mark.parametrize(("settings", "named"), [
-    ({"train": {"parallel": {"data": 8, "tensor": 2}}}, "train.parallel (tensor 2)"),
+    ({"train": {"parallel": {"data": 8}}}, "train.parallel (data 8)"),
+    ({"train": {"parallel": {"data": 8, "tensor": 2}}, "schedule": {"steps": 5}}, "train.parallel (tensor 2)"),
     ({"train": {"engine": "moe"}}, "train.engine (moe)"),
     ({"schedule": {"eval_every": 5}}, "schedule.eval_every (5)"),
     ({"precision": {"kv_cache": "fp16"}}, "precision.kv_cache (fp16)"),
@@ -128,7 +129,7 @@ def test_a_setting_that_would_be_ignored_is_refused_even_if_one_arm_alone_has_it
 
 
 def test_settings_that_ask_for_nothing_special_are_no_request():
-    assert can_run(task(gpus=0, train={"parallel": {"data": 8, "tensor": 1}}, precision={"kv_cache": "bf16"}), LAPTOP) is None
+    assert can_run(task(gpus=0, train={"parallel": {"data": 8, "tensor": 1}}, schedule={"steps": 5}, precision={"kv_cache": "bf16"}), LAPTOP) is None
 
 
 @pytest.mark.parametrize(("name", "bad"), [

@@ -96,7 +96,8 @@ def test_a_launcher_starts_every_worker_with_its_cells_and_lines_are_passed_on(t
     ]
 
 
-def test_one_failing_worker_is_told_and_the_others_finish_first(tmp_path):
+def test_one_failing_worker_is_told_and_the_others_finish_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("suite.launch.GRACE_SECONDS", 0)
     body = f"time.sleep(0.5 * ('c6' in names)); open({str(tmp_path)!r} + '/' + names[0], 'w'); sys.exit(11 * ('c0' in names))"
     with pytest.raises(WorkersFailed, match=r"worker 0 \(exit 11\) of 2 failed") as problem:
         run_workers(deal(CELLS, 2), [Place()] * 2, [], launcher=stub(tmp_path, body))

@@ -14,10 +14,14 @@ torch = pytest.importorskip("torch")
 
 from suite.algorithms import resolve  # noqa: E402
 from suite.launch import _as_ranks  # noqa: E402
-from suite.ranks import Ranks, ReplicaError, join  # noqa: E402
+from suite.plan import Cell  # noqa: E402
+from suite.protocols import Session  # noqa: E402
+from suite.ranks import PeerLost, Ranks, ReplicaError, join  # noqa: E402
 from suite.trainers import load_trainer  # noqa: E402
 from small_models import OPTIMIZER, TRAIN, write_model  # noqa: E402
 from test_dense_trainer import FP16, FP32, minibatch, sequences  # noqa: E402
+from suite.record import SilentWriter, open_run  # noqa: E402
+from test_record import OneTask  # noqa: E402
 from test_launch import REPO, finish, needs_two_cores  # noqa: E402
 
 
@@ -75,10 +79,13 @@ def one_overflow(ranks, model):
     return {"skipped": report["step_skipped"], "scale": ours.scaler.scale_value}
 
 
-def apart(ranks, model):
-    """Whether ranks that do not add their gradients up are caught."""
+def apart(ranks, model, fault):
+    """Whether ranks are caught that do not add their gradients up, or one of which holds another weight."""
     ours, rows = trainer(model, ranks), sequences(8)
-    ours.masters.gradients = list
+    if fault == "gradients":
+        ours.masters.gradients = list
+    elif not ranks.is_first:
+        next(iter(ours.masters.masters.values())).data.flatten()[0] += 1e-3
     try:
         ours.update(minibatch(rows, ours.score(rows)), resolve("GRPO"))
     except ReplicaError:
@@ -91,7 +98,7 @@ def _rank(rank: int, together, model, folder) -> None:
     os.environ |= together[rank]
     ranks = join()
     found = {"talk": talk(ranks), "all": steps(ranks, model, {}), "lora": steps(ranks, model, LORA),
-             "overflow": one_overflow(ranks, model), "apart": apart(ranks, model)}  # fmt: skip
+             "overflow": one_overflow(ranks, model), "apart": [apart(ranks, model, fault) for fault in ("gradients", "weight")]}  # fmt: skip
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -133,7 +140,31 @@ def test_a_gradient_that_overflows_on_one_rank_skips_the_step_on_both(pair):
 
 
 def test_ranks_that_take_different_steps_are_caught(pair):
-    assert [found["apart"] for found in pair] == [True, True]
+    assert [found["apart"] for found in pair] == [[True, True]] * 2
+
+
+def test_what_ended_another_rank_stands_in_the_record(tmp_path):
+    """Rank 1 runs out of memory; rank 0, which waits for it, loses its peer."""
+    def session(rank):
+        open_cell = lambda cell: open_run(tmp_path, OneTask(), cell, {}, "cpu") if rank == 0 else SilentWriter(folder, {}, [])  # noqa: E731
+        return Session(OneTask(), None, lambda *a: None, open_cell, Ranks(rank, 2))
+
+    def ends_with(error):
+        def body(writer):
+            raise error
+        return body
+
+    cell = Cell("t", 1, "bf16", (), 0, {"precision": {}})
+    folder = tmp_path / "t" / cell.name / cell.run_key()[:12]
+    folder.mkdir(parents=True)
+    with pytest.raises(MemoryError):
+        session(1).run_cell(cell, "rl", ends_with(MemoryError("no room for the head")))
+    with pytest.raises(PeerLost):
+        session(0).run_cell(cell, "rl", ends_with(PeerLost("another rank ended")))
+    record = json.loads((folder / "record.json").read_text())
+    assert record["status"] == "failed"
+    assert record["error"] == {"class": "MemoryError", "phase": "rl", "message": "no room for the head"}
+    assert not list(folder.glob("rank-error*"))
 
 
 # --- a whole run ------------------------------------------------------------------------------------------------------
@@ -230,14 +261,18 @@ def test_a_rank_that_dies_ends_its_group_and_the_same_command_goes_on_bit_for_bi
         os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
         said = running.stderr.read()
         assert running.wait(60) == 11 and "(exit -9) of 2 failed" in said
+    (series,) = tmp_path.glob("runs2/together/*/*/metrics.jsonl")
+    before = series.read_text().splitlines()[:2]
     finish(start(tmp_path, 2, "hf", "--arm", "bf16"))
+    assert series.read_text().splitlines()[:2] == before, "times included: what was done is not done again"
     assert run_of(tmp_path, 2, "bf16")[1] == run_of(whole, 2, "bf16")[1]
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("ranks", "flags", "env", "said"), [
     (2, ["--nproc", "3"], {}, "--nproc: found 3, allowed: a multiple of 2 (train.parallel.data)"),
-    (2, [], {"WORLD_SIZE": "4"}, "WORLD_SIZE: found 4, allowed: 2, the ranks of a cell"),
+    (2, [], {"WORLD_SIZE": "2"}, "WORLD_SIZE: found 2, allowed: nothing or 1; --nproc starts the processes"),
+    (2, ["--launcher", "nice"], {}, "--launcher: found 'nice', allowed: nothing, with train.parallel.data 2"),
     (64, [], {}, "--nproc: found 64, allowed: at most"),
 ])  # fmt: skip
 def test_numbers_of_processes_that_do_not_fit_are_refused(tmp_path, ranks, flags, env, said):

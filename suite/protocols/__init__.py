@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from suite import environment
 from suite.plan import Cell
-from suite.ranks import Ranks, join
-from suite.record import Run, RunWriter, SilentWriter, open_run, read_run
+from suite.ranks import PeerLost, Ranks
+from suite.record import Run, RunWriter, SilentWriter, failure, open_run, read_run, write_json
 from suite.task import Task
 
 MODULES = {
@@ -42,21 +43,40 @@ class Session:
         try:
             body(writer)
         except BaseException as error:
-            if writer.is_open:
+            if not self.ranks.is_first:
+                _tell_rank_0(writer, stage, error)
+            elif writer.is_open:
                 writer.fail(stage, error)
+                _hear_from_ranks(writer)
             raise
 
 
+RANK_ERROR = "rank-error.json"
+
+
+def _tell_rank_0(writer: RunWriter, stage: str, error: BaseException) -> None:
+    """Leave the error of another rank where rank 0, which will soon miss it, finds it; the loss of a peer is no news."""
+    if not isinstance(error, PeerLost):
+        write_json(writer.folder / RANK_ERROR, failure(stage, error))
+
+
+def _hear_from_ranks(writer: RunWriter) -> None:
+    note = writer.folder / RANK_ERROR
+    if note.exists():
+        writer.update(**json.loads(note.read_text()))
+        note.unlink()
+
+
 def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None = None, fresh: bool = False,
-             progress: Callable[..., None] = lambda *a, **k: None) -> None:
+             progress: Callable[..., None] = lambda *a, **k: None, ranks: Ranks = Ranks()) -> None:
     """Run every cell that has no finished record yet; the same call again after a kill goes on where it stopped.
 
     Args:
         limit: number of prompts (RL: steps); the runs get keys of their own and are never graded.
         fresh: begin a new attempt for every cell, also where a finished one exists.
+        ranks: that run these cells together.
     Raises whatever ended a run: UserError and NotRunnable for the user, OSError for a full or read-only disk.
     """
-    ranks = join()
     machine = environment.collect(runs_dir)
     fingerprint = environment.fingerprint(machine)
     has_evidence = task.protocol != "dataset"

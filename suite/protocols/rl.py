@@ -38,6 +38,7 @@ from suite.plan import Cell
 from suite.precision import Precision
 from suite.protocols import Session
 from suite.protocols.engines import Engines, run_one_by_one
+from suite.ranks import ReplicaError
 from suite.record import RunWriter, read_evidence
 from suite.sync import Probe, prove_sync, sync_weights
 
@@ -65,6 +66,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
     # --- where an earlier attempt stopped
     done, state, passed_over = load_checkpoint(writer.folder / "checkpoint", writer.parts_done)
+    if len(set(ranks.gather(done))) > 1:
+        raise ReplicaError(f"{writer.folder}: the ranks found different checkpoints")
     writer.rewind(done)
     if passed_over:
         writer.note_recovery(*passed_over)

@@ -185,7 +185,7 @@ class DenseTrainer:
         done = [one for share in self._ranks.gather(done) for one in share]
         report = {
             "loss": sum(loss for loss, _, _ in done),
-            "activation_max_abs": max(self._ranks.gather(self._watch.largest)),
+            "activation_max_abs": float(np.max(self._ranks.gather(self._watch.largest))),  # nan, if one is
         }
         underflow = [pair for _, _, pair in done if pair]
         if underflow:
@@ -193,9 +193,16 @@ class DenseTrainer:
             report["grad_underflow_share"] = float(np.average(shares, weights=num_rows))
         self._ranks.add_up(self.masters.gradients() if self._ranks.size > 1 else [])
         stepped = self.masters.step(self.scaler, self._train.get("grad_clip"))
-        if len(norms := {repr(norm) for norm in self._ranks.gather(stepped["grad_norm"])}) > 1:
-            raise ReplicaError(f"the trainers of the ranks took different steps: gradient norms {', '.join(sorted(norms))}")
+        if self._ranks.size > 1:
+            self._check_replicas(stepped["grad_norm"])
         return report | reduce(add, (statistics for _, statistics, _ in done)).metrics() | stepped
+
+    def _check_replicas(self, grad_norm: float) -> None:
+        """Every rank must have taken the same step and hold the same masters. Raises ReplicaError."""
+        checksum = sum(master.detach().double().sum().item() for master in self.masters.masters.values())
+        found = {repr(pair) for pair in self._ranks.gather((grad_norm, checksum))}
+        if len(found) > 1:
+            raise ReplicaError(f"the trainers of the ranks have come apart: (gradient norm, sum of weights) {', '.join(sorted(found))}")
 
     def _backward(self, rows: MiniBatch, algorithm: Algorithm, batch: MiniBatch):
         """Gradients of one micro-batch of `batch` into the masters. Returns its loss, its statistics, and (share of the
