@@ -81,8 +81,7 @@ def run(args) -> int:
     if not cells:
         print(f"{task.id}: " + (f"{_sources(task)}; it runs nothing itself" if task.needs else "nothing selected"))
         return EXIT_NOTHING
-    if not args.launcher:  # else every worker looks at the machine that it is put on
-        _check_machine(task, args.runs_dir)
+    _check_machine(task, args)
     _run_cells(args, task, cells)
     print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
     return 0
@@ -111,8 +110,7 @@ def reproduce(args) -> int:
     task = require_valid(load_task(args.task))
     cells = select(task, args.seeds, args.arm, args.cell)
     rendering.print_heading(task, len(cells))
-    if not args.launcher:  # else every worker looks at the machine that it is put on
-        _check_machine(task, args.runs_dir)
+    _check_machine(task, args)
     if cells:
         _run_cells(args, task, cells)
     verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
@@ -266,14 +264,16 @@ def _sources(task: Task) -> str:
     return f"it is graded from the records of {', '.join(task.needs)}"
 
 
-def _check_machine(task: Task, runs_dir: Path) -> None:
+def _check_machine(task: Task, args) -> None:
+    """Raises NotRunnable. A launcher's workers look at the machines that they are put on themselves; one of ours has one GPU
+    of those that the task needs, and whoever started it has looked."""
     from suite import environment
     from suite.doctor import can_run
     from suite.launch import WORKER_VARIABLE
 
-    if WORKER_VARIABLE in os.environ:  # has one GPU of those that the task needs
+    if args.launcher or WORKER_VARIABLE in os.environ:
         return
-    reason = can_run(task, environment.collect(runs_dir))
+    reason = can_run(task, environment.collect(args.runs_dir))
     if reason:
         raise NotRunnable(reason)
 
