@@ -17,6 +17,7 @@ from suite.plan import Cell, plan
 from suite.task import load_task
 
 REPO = Path(__file__).resolve().parents[1]
+ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def cell(number: int, rollout: str = "bf16", seed: int | None = None, steps: int | None = None) -> Cell:
@@ -187,7 +188,12 @@ def task(tmp_path):
 
 def start(task: Path, out: Path, *flags: str, **more) -> subprocess.Popen:
     words = [sys.executable, "-m", "suite", "run", str(task), "--out", str(out), *flags]
-    return subprocess.Popen(words, cwd=REPO, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
+    return subprocess.Popen(words, cwd=REPO, env=ON_CPU, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more)
+
+
+def on_cores(num: int):
+    """A preexec_fn: this many of the cores, whatever the machine has."""
+    return lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num])
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -204,10 +210,9 @@ needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="n
 @pytest.mark.engine
 def test_two_workers_record_what_one_process_with_their_cores_records(task, tmp_path):
     pytest.importorskip("torch")
-    said = finish(start(task, tmp_path / "two", "--nproc", "2"))
+    said = finish(start(task, tmp_path / "two", "--nproc", "2", preexec_fn=on_cores(2)))
     assert "[worker 0] " in said and "[worker 1] " in said
-    core = min(os.sched_getaffinity(0))
-    finish(start(task, tmp_path / "one", preexec_fn=lambda: os.sched_setaffinity(0, {core})))
+    finish(start(task, tmp_path / "one", preexec_fn=on_cores(1)))
     two, one = records(tmp_path / "two"), records(tmp_path / "one")
     assert list(two) == ["bf16.s0", "fp16.s0"] and {record["status"] for record in two.values()} == {"success"}
     assert {record["fingerprint"] for record in (two | one).values()} == {one["bf16.s0"]["fingerprint"]}

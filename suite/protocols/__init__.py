@@ -85,6 +85,8 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
         found = None
         if ranks.is_first:
             found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+            if isinstance(found, RunWriter):
+                (found.folder / RANK_ERROR).unlink(missing_ok=True)  # of an attempt whose rank 0 was killed as well
         return follow(found, ranks)
 
     protocol = importlib.import_module(MODULES[task.protocol])
