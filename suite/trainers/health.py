@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 
@@ -32,10 +34,9 @@ class ActivationWatch:
 
 
 @torch.no_grad()
-def underflow_share(model: torch.nn.Module) -> float:
-    """Share of the elements of weight-matrix gradients (embeddings left out: most of their rows are zero by right) that
-    are zero or below the smallest normal number of their dtype: where a scaled gradient has lost bits or vanished."""
-    embedding = model.get_input_embeddings().weight
-    gradients = [p.grad for p in model.parameters() if p.grad is not None and p.dim() > 1 and p is not embedding]
+def underflow_share(parameters: Iterable[torch.nn.Parameter], embedding: torch.Tensor) -> float:
+    """Share of the elements of weight-matrix gradients (that of the embedding left out: most of its rows are zero by right)
+    that are zero or below the smallest normal number of their dtype: where a scaled gradient has lost bits or vanished."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.dim() > 1 and p is not embedding]
     lost = sum((g.abs() < torch.finfo(g.dtype).tiny).sum() for g in gradients)
     return float(lost) / max(1, sum(g.numel() for g in gradients))

@@ -8,6 +8,8 @@ fp32 trainer the parameters are their own masters.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 
 import torch
 
@@ -85,6 +87,22 @@ class MasterWeights:
         for name, p in self.compute.items():
             if p is not self.masters[name]:
                 p.copy_(self.masters[name])
+
+    @contextmanager
+    @torch.no_grad()
+    def moved(self, move: Callable[[Iterable[tuple[str, torch.Tensor]]], None], frozen: dict[str, torch.Tensor]):
+        """Inside the context the masters and the `frozen` weights beside them are changed by `move(named weights)`;
+        afterwards they are what they were, to the bit."""
+        weights = self.masters | frozen
+        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        move(weights.items())
+        self.round()
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.copy_(kept[name])
+            self.round()
 
     def state_dict(self) -> dict:
         return {"masters": {n: m.detach() for n, m in self.masters.items()}, "optimizer": self.optimizer.state_dict()}
