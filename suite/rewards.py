@@ -175,6 +175,6 @@ class RewardPool:
         new = [pair for pair in pairs if pair not in known]
         for pair, (status, same) in zip(new, self.workers.run([("equivalent", *pair) for pair in new]), strict=True):
             known[pair] = status if status != "done" else "correct" if same else "wrong"
-            if status == "done" and len(self._known) < 100_000:
+            if status != "crashed" and len(self._known) < 100_000:  # a late answer is not paid for twice
                 self._known[pair] = known[pair]
         return known

@@ -1,16 +1,19 @@
-"""Processes that run math-verify and may be killed: the hard time limit of the rewards.
+"""Processes that judge answers and may be killed: the hard time limit of the rewards.
 
-math-verify can hang (towers of exponents, long sums) or fill the memory (large powers), and its own time limit is a
-signal, which works in the main thread only. Here a job that is late costs its worker: killed, replaced, and the job is
-reported as `timeout`; a worker that dies is replaced and its job is `crashed`; memory is capped by the kernel. The pool
-may be called from any thread and from inside somebody else's worker process.
+Algebra can hang (towers of exponents, long sums) or fill the memory (large powers), and math-verify's own time limit is
+a signal, which works in the main thread only. Here a worker is a process that has loaded math-verify and a child of it
+that works: a job that is late costs the child, which is forked anew in milliseconds, and is reported as `timeout`; a
+child that dies reports its job as `crashed`; a worker that dies, starting, idle or at work, is replaced. Memory is
+capped by the kernel. The pool may be called from any thread and from inside somebody else's worker process.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +24,8 @@ from pathlib import Path
 
 WORKER_MEMORY_BYTES = 1 << 30  # address space; math-verify with sympy needs about a tenth of it
 WORKER_START_SECONDS = 120.0
+START_ATTEMPTS = 10  # workers in a row that were killed before they were ready; one that exits by itself is an error
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
 # --- the worker's side: may hang, may die -----------------------------------------------------------------------------
@@ -63,33 +68,49 @@ OPERATIONS = {"parses": parses, "equivalent": equivalent}
 
 
 def worker_main(cpu_seconds: float) -> None:
-    """Answer jobs, one JSON line each, until the pipe closes. Runs in a process of its own."""
+    """Load math-verify, then keep one child that answers jobs until the pipe of jobs closes. A process of its own."""
+    import ctypes
     import logging
     import resource
 
     logging.disable(logging.CRITICAL)
-    equivalent("1/2", "0.5")  # loads math-verify and its grammar: an error shows on the caller's stderr, no answer waits
+    prctl = ctypes.CDLL(None).prctl
+    equivalent("1/2", "0.5")  # loads the grammar too: an error shows on the caller's stderr, no answer waits
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    hard_cpu = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    jobs, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)  # whatever a library prints must not be taken for an answer
     os.dup2(null, 2)
-    answers.write(b'"ready"\n')
-    for line in jobs:
+    status = -1
+    while status != 0:  # 0: the pipe of jobs was closed
+        child = os.fork()
+        if child == 0:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # who kills the worker ends its work too
+            answer_jobs(answers, cpu_seconds)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+
+
+def answer_jobs(answers, cpu_seconds: float) -> None:
+    """Write the process id, then one line {"value": ...} for each job, JSON each, until the pipe of jobs closes."""
+    import resource
+
+    hard_cpu = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    answers.write(json.dumps({"pid": os.getpid()}).encode() + b"\n")
+    for line in os.fdopen(os.dup(0), "rb"):
         # Should the caller be killed while a job hangs, nobody kills this process but the kernel.
         limit = int(time.process_time() + cpu_seconds) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (limit if hard_cpu < 0 else min(limit, hard_cpu), hard_cpu))
         operation, *arguments = json.loads(line)
-        answers.write(json.dumps(OPERATIONS[operation](*arguments)).encode() + b"\n")
+        answers.write(json.dumps({"value": OPERATIONS[operation](*arguments)}).encode() + b"\n")
 
 
 # --- the caller's side: a few workers that can be killed --------------------------------------------------------------
 
 
 class _Worker:
-    """One worker process and the job it holds."""
+    """One worker process, its working child (None while it is forked) and the job that child holds."""
 
     def __init__(self, timeout_seconds: float):
         root = str(Path(__file__).resolve().parents[1])
@@ -102,8 +123,12 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the caller
         )  # fmt: skip
         os.set_blocking(self.process.stdout.fileno(), False)
-        self.ready, self.job, self.buffer = False, None, b""
+        self.child, self.job, self.buffer = None, None, b""
         self.deadline = time.monotonic() + WORKER_START_SECONDS
+
+    @property
+    def ready(self) -> bool:
+        return self.child is not None
 
     def give(self, index: int, job: tuple, timeout_seconds: float) -> None:
         self.job, self.deadline = index, time.monotonic() + timeout_seconds
@@ -112,16 +137,19 @@ class _Worker:
         except BrokenPipeError:
             pass  # it died while idle; its closed stdout says so at the next read
 
-    def read(self) -> str | None:
-        """A whole line if there is one, "" if not yet, None if the process has closed its end."""
+    def read(self) -> list[dict] | None:
+        """The whole lines that have come, None if the process has closed its end."""
         chunk = self.process.stdout.read(1 << 16)
         if chunk == b"":
             return None
-        self.buffer += chunk or b""
-        line, newline, rest = self.buffer.partition(b"\n")
-        if newline:
-            self.buffer = rest
-        return line.decode() if newline else ""
+        *lines, self.buffer = (self.buffer + (chunk or b"")).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def give_up(self) -> None:
+        """Kill the child over its job; the process forks another."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.child, signal.SIGKILL)
+        self.child, self.job, self.deadline = None, None, time.monotonic() + WORKER_START_SECONDS
 
     def stop(self) -> None:
         self.process.kill()
@@ -142,6 +170,7 @@ class Workers:
             raise ValueError(f"need num_workers >= 1, timeout_seconds > 0, found {num_workers}, {timeout_seconds}")
         self.num_workers, self.timeout_seconds = num_workers, timeout_seconds
         self._workers: list[_Worker] = []
+        self._killed_starts = 0  # in a row
         self._lock = threading.Lock()
 
     def __enter__(self):
@@ -172,7 +201,7 @@ class Workers:
         results: list = [None] * len(jobs)
         waiting = deque(enumerate(jobs))
         while waiting or any(worker.job is not None for worker in self._workers):
-            self._drop_dead_idle()
+            self._check_idle()
             while len(self._workers) < min(self.num_workers, len(waiting)):
                 self._workers.append(_Worker(self.timeout_seconds))
             for worker in self._workers:
@@ -183,12 +212,13 @@ class Workers:
             self._enforce_deadlines(results)
         return results
 
-    def _drop_dead_idle(self) -> None:
-        """A worker that died between jobs costs no answer."""
+    def _check_idle(self) -> None:
+        """A worker or child that died between jobs costs no answer."""
         for worker in [one for one in self._workers if one.ready and one.job is None]:
-            if worker.process.poll() is not None:
-                self._workers.remove(worker)
-                worker.stop()
+            if worker.process.poll() is None:
+                self._hear(worker, [])
+            else:
+                self._replace(worker, [])
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.job is not None or not worker.ready]
@@ -202,22 +232,32 @@ class Workers:
             return [key.data for key, _ in selector.select(max(until - time.monotonic(), 0.0))]
 
     def _hear(self, worker: _Worker, results: list) -> None:
-        line = worker.read()
-        if line is None:
-            self._replace(worker, results, "crashed")
-        elif line and not worker.ready:
-            worker.ready = True
-        elif line:
-            results[worker.job], worker.job = ("done", json.loads(line)), None
+        lines = worker.read()
+        if lines is None:
+            return self._replace(worker, results)
+        for line in lines:
+            if "pid" in line:
+                if worker.job is not None:  # the child before this one died over it
+                    results[worker.job], worker.job = ("crashed", None), None
+                worker.child, self._killed_starts = line["pid"], 0
+            elif worker.job is not None:  # else the answer came as its time was over
+                results[worker.job], worker.job = ("done", line["value"]), None
 
     def _enforce_deadlines(self, results: list) -> None:
         for worker in [one for one in self._busy() if one.deadline <= time.monotonic()]:
-            self._replace(worker, results, "timeout")
+            if worker.job is None:
+                worker.stop()
+                raise RuntimeError(f"a worker for math-verify did not start within {WORKER_START_SECONDS:g} s")
+            results[worker.job] = ("timeout", None)
+            worker.give_up()
 
-    def _replace(self, worker: _Worker, results: list, outcome: str) -> None:
+    def _replace(self, worker: _Worker, results: list) -> None:
+        """The process is gone: with its job, if it had one."""
         self._workers.remove(worker)
         worker.stop()
-        if not worker.ready:
-            code = worker.process.returncode
-            raise RuntimeError(f"a worker for math-verify could not start (exit code {code}); its error is above")
-        results[worker.job] = (outcome, None)
+        if worker.job is not None:
+            results[worker.job] = ("crashed", None)
+        elif not worker.ready:
+            code, self._killed_starts = worker.process.returncode, self._killed_starts + 1
+            if code >= 0 or self._killed_starts >= START_ATTEMPTS:
+                raise RuntimeError(f"a worker for math-verify could not start (exit code {code}); its error is above")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 from suite.data import load_prompts
 from suite.rewards import Reward, RewardPool, desk_reward, extract_answer, quick_verdict
-from suite.workers import Workers
+from suite import workers
+from suite.workers import START_ATTEMPTS, Workers
 
 CORRECT, WRONG = Reward(1.0, "correct"), Reward(0.0, "wrong")
 
@@ -271,6 +273,55 @@ def test_a_worker_killed_between_answers_costs_none():
         worker.kill()
         worker.wait()
         assert pool.score([thought("3/6")], ["\\frac{1}{2}"]) == [CORRECT]
+
+
+def test_a_child_killed_between_answers_costs_none():
+    with RewardPool("boxed_after_think", timeout_seconds=20, num_workers=1) as pool:
+        pool.score([thought("0.5")], ["\\frac{1}{2}"])
+        (worker,) = pool.workers._workers
+        os.kill(worker.child, signal.SIGKILL)
+        select.select([worker.process.stdout], [], [], 20)  # the next child says its name
+        assert pool.score([thought("3/6")], ["\\frac{1}{2}"]) == [CORRECT]
+
+
+def killed_at_once(monkeypatch, num: int) -> list:
+    """The first `num` workers are killed while they start; the list holds all that were started."""
+    started, whole = [], workers._Worker
+
+    def start(timeout_seconds):
+        started.append(whole(timeout_seconds))
+        if len(started) <= num:
+            started[-1].process.kill()
+        return started[-1]
+
+    monkeypatch.setattr(workers, "_Worker", start)
+    return started
+
+
+def test_a_worker_killed_while_it_starts_is_replaced(monkeypatch):
+    started = killed_at_once(monkeypatch, 2)
+    with RewardPool("boxed_after_think", timeout_seconds=20, num_workers=1) as pool:
+        assert pool.score([thought("3/6")], ["\\frac{1}{2}"]) == [CORRECT]
+    assert len(started) == 3
+
+
+def test_workers_that_are_all_killed_while_they_start_are_an_error(monkeypatch):
+    started = killed_at_once(monkeypatch, 1000)
+    with RewardPool("qwen_math", num_workers=1) as pool, pytest.raises(RuntimeError, match="exit code -9"):
+        pool.score(["\\boxed{1/2}"], ["0.5"])
+    assert len(started) == START_ATTEMPTS
+
+
+def test_a_late_answer_costs_its_limit_once_and_no_new_process():
+    late = [thought(HOSTILE["tower of exponents"])]
+    with RewardPool("boxed_after_think", timeout_seconds=0.5, num_workers=1) as pool:
+        pool.score([thought("0.5")], ["\\frac{1}{2}"])
+        process, jobs, run = pool.workers._workers[0].process, [], pool.workers.run
+        pool.workers.run = lambda some: jobs.extend(some) or run(some)
+        assert [outcomes(pool.score(late, ["\\frac{1}{2}"])) for _ in range(3)] == [["timeout"]] * 3
+        assert len(jobs) == 1
+        assert pool.score([thought("3/6")], ["\\frac{1}{2}"]) == [CORRECT]
+        assert pool.workers._workers[0].process is process
 
 
 def test_the_limit_holds_in_any_thread():
