@@ -5,6 +5,9 @@ are not those of its fp16 path. Multiplying in fp32 and rounding once gives the 
 speed, forward and backward: the cast up hands its gradient back rounded to 16 bits, which is what a 16-bit dX or dW is.
 
 The mode works on torch functions, so it serves transformers, peft and megatron-core alike.
+
+Formats coarser than any dtype (m0 to m22 of precision.FORMATS) are fp32 numbers on a coarser grid: `round_to` puts them
+there.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from suite.precision import NATIVE, ROUNDED
+from suite.precision import FORMATS, NATIVE, ROUNDED, dtype_name
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
@@ -26,6 +29,33 @@ PRODUCTS = {
     torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.addmm, torch.Tensor.baddbmm,
     torch.Tensor.__matmul__, torch.Tensor.__rmatmul__,
 }  # fmt: skip
+
+
+FP32_MANTISSA_BITS = 23
+
+
+def round_to(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The numbers of `tensor` in a format, rounded to nearest even; held in the format's torch dtype.
+
+    Of a coarse format: fp32 numbers with so many explicit mantissa bits; the exponent range stays that of fp32, subnormals
+    keep its fixed spacing, and what rounds beyond the largest number is infinite. Infinities and nan stay what they are.
+    """
+    row = FORMATS[name]
+    if row.is_dtype:
+        return tensor.to(getattr(torch, row.torch_name))
+    values = tensor.float()
+    dropped = FP32_MANTISSA_BITS - row.mantissa_bits
+    bits = values.view(torch.int32)
+    half_less_one, last_kept = (1 << (dropped - 1)) - 1, (bits >> dropped) & 1
+    rounded = ((bits + half_less_one + last_kept) >> dropped << dropped).view(torch.float32)
+    return torch.where(torch.isfinite(values), rounded, values)
+
+
+def on_grid(tensor: torch.Tensor, name: str) -> bool:
+    """Whether every number of `tensor` is one of the format, in the dtype that holds it."""
+    row = FORMATS[name]
+    right_dtype = dtype_name(tensor.dtype) == row.storage
+    return right_dtype and (row.is_dtype or torch.equal(round_to(tensor, name), tensor))
 
 
 class RoundedProducts(TorchFunctionMode):

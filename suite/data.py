@@ -135,6 +135,16 @@ def load_prompts(data: Mapping[str, Any] | Any, seed: int = 0) -> list[Prompt]:
     return prompts[: data.get("num_prompts")]
 
 
+def load_held_out(data: Mapping[str, Any]) -> list[Prompt]:
+    """The problems of data.held_out, none of which is trained on; [] where the task names none."""
+    data = as_mapping(data)
+    if not data.get("held_out"):
+        return []
+    trained = {prompt.meta["problem"] for prompt in load_prompts(data)}
+    drawn = load_prompts({**data, **data["held_out"], "kept": None, "held_out": None})
+    return [prompt for prompt in drawn if prompt.meta["problem"] not in trained]
+
+
 def _desk_prompts(data: Mapping[str, Any], seed: int) -> list[Prompt]:
     from suite.desk.problems import TRAINED_TERMS, prompt_text, sample_problems
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from suite.environment import fingerprint, sampler_engine
 from suite.plan import plan
+from suite.precision import FORMATS
 
 GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware and ECC take their part
 
@@ -72,11 +73,12 @@ def _unsupported(cell) -> list[str]:
     asked = {
         "train.engine": train.get("engine") == "moe" and "moe",
         "train.parallel": ", ".join(f"{name} {size}" for name, size in parallel.items()),
-        "schedule.eval_every": schedule.get("eval_every"),
     }
     for point in ("kv_cache", "rollout_logits"):  # each follows the sampler's precision
-        value = cell.get(f"precision.{point}", None)
-        asked[f"precision.{point}"] = value if value != cell.get("precision.rollout", None) else None
+        value, rollout = cell.get(f"precision.{point}", None), cell.get("precision.rollout", None)
+        asked[f"precision.{point}"] = value if rollout and value != FORMATS[rollout].storage else None
+    rounded = cell.get("precision.rollout_rounded", None)
+    asked["precision.rollout_rounded"] = rounded if rounded == "products" else None
     return [f"{name} ({value})" for name, value in asked.items() if value]
 
 

@@ -84,6 +84,11 @@ _ROWS = (
              ("verl critic/rewards/mean", "paper training reward")),
     # series of an RL run, one value per step
     Estimand("entropy_nats", "mean of -log mu over sampled response tokens: an estimate of mu's entropy", NATS, NON_NEGATIVE, "log"),
+    Estimand("mismatch_push_positive", "sum over tokens with A > 0 of -(pi/mu - 1) A, per token of the step", "1", ANY, "identity"),
+    Estimand("mismatch_push_negative", "sum over tokens with A < 0 of -(pi/mu - 1) A, per token of the step", "1", ANY, "identity"),
+    Estimand("bad_update_share_0p5", "share of tokens with A < 0 and pi - mu < -0.5", SHARE, UNIT, "logit"),
+    Estimand("bad_update_share_0p2", "share of tokens with A < 0 and pi - mu < -0.2", SHARE, UNIT, "logit"),
+    Estimand("eval_reward_mean", "mean reward of the trainer's own policy on held-out problems", SHARE, UNIT, "logit"),
     Estimand("grad_norm", "L2 norm of the unscaled gradient before clipping", "1", NON_NEGATIVE, "log"),
     Estimand("loss_scale", "fp16 loss scale in force", "1", NON_NEGATIVE, "log"),
     Estimand("step_skipped", "optimizer steps of an iteration skipped after a non-finite gradient", "steps",

@@ -1,15 +1,55 @@
 """Precision as a value that travels: what a cell asks for, and what its live engines say they ran in.
 
-Formats (Table 1 of the paper): fp16 has 5 exponent and 10 mantissa bits (spacing 2^-10, largest 65,504), bf16 has 8 and 7
-(spacing 2^-7). Three mantissa bits more make rounding errors 8 times smaller, and a KL, second order in them, 64 times.
+A number format is a row of FORMATS. fp16 has 5 exponent and 10 mantissa bits (spacing 2^-10, largest 65,504), bf16 has 8
+and 7 (spacing 2^-7): Table 1 of the paper. Three mantissa bits more make rounding errors 8 times smaller, and a KL, second
+order in them, 64 times. m0 to m22 are fp32 numbers of which so many explicit mantissa bits are kept (round to nearest
+even): doses of coarseness, with the exponent range of fp32 and of bf16, for the sampler alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-DTYPES = ("fp32", "bf16", "fp16")
-TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format: its explicit mantissa bits, its exponent bits, and the torch dtype that holds it."""
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    torch_name: str
+
+    @property
+    def is_dtype(self) -> bool:
+        """Whether the torch dtype is the format itself; else its numbers are those of the dtype that lie on its grid."""
+        return not self.name.startswith("m")
+
+    @property
+    def storage(self) -> str:
+        """The name of the format whose torch dtype holds these numbers."""
+        return self.name if self.is_dtype else "fp32"
+
+    @property
+    def rounding(self) -> float:
+        """Largest relative error of rounding to the format."""
+        return 2.0 ** -(self.mantissa_bits + 1)
+
+
+_ROWS = (
+    Format("fp32", 8, 23, "float32"),
+    Format("bf16", 8, 7, "bfloat16"),
+    Format("fp16", 5, 10, "float16"),
+    *(Format(f"m{bits}", 8, bits, "float32") for bits in range(23)),
+)
+FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
+DTYPES = tuple(row.name for row in _ROWS if row.is_dtype)
+COARSE_FORMATS = tuple(row.name for row in _ROWS if not row.is_dtype)
+
+# Where a coarse format acts. "weights": the weights are rounded on their way to the sampler and stay so until the next
+# sync, as quantised rollouts do. "products": operands and results of every product in the sampler are rounded, weights
+# included, as a 16-bit engine does.
+ROUNDED_WHERE = ("weights", "products")
 
 # How products of 16-bit operands are formed. "native": the device's own kernels. "rounded-fp32-accumulate": operands and
 # result are 16-bit numbers, the product is computed in fp32, as tensor cores do; on a CPU both 16-bit precisions take
@@ -20,18 +60,19 @@ NATIVE, ROUNDED = "native", "rounded-fp32-accumulate"
 def dtype_name(dtype) -> str:
     """'fp16' for torch.float16 and so on; a dtype the suite has no short name for keeps its own ('float8_e4m3fn')."""
     name = str(dtype).removeprefix("torch.")
-    return next((short for short, long in TORCH_NAMES.items() if long == name), name)
+    return next((row.name for row in _ROWS if row.is_dtype and row.torch_name == name), name)
 
 
 def torch_dtype(name: str):
+    """The torch dtype that holds numbers of the format."""
     import torch
 
-    return getattr(torch, TORCH_NAMES[name])
+    return getattr(torch, FORMATS[name].torch_name)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype asked for at every point of the pipeline. None in a task means: follows its engine."""
+    """The format asked for at every point of the pipeline. None in a task means: follows its engine."""
 
     rollout: str  # sampler weights and arithmetic
     train: str  # trainer compute dtype; master weights are always fp32
@@ -43,13 +84,14 @@ class Precision:
     @classmethod
     def of(cls, asked: dict) -> Precision:
         rollout, train = asked["rollout"], asked["train"]
-        follows = {"wire": rollout, "trainer_head": train, "rollout_logits": rollout, "kv_cache": rollout}
+        held = FORMATS[rollout].storage if rollout else None
+        follows = {"wire": rollout, "trainer_head": train, "rollout_logits": held, "kv_cache": held}
         return cls(rollout, train, **{point: asked.get(point) or default for point, default in follows.items()})
 
     @property
     def coarser(self) -> str:
         """Of sampler and trainer, the one with fewer mantissa bits."""
-        return max(self.rollout, self.train, key=("fp32", "fp16", "bf16").index)
+        return min(self.rollout, self.train, key=lambda name: FORMATS[name].mantissa_bits)
 
 
 # which executed point must equal which asked point

@@ -9,7 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Dtype = Literal["fp32", "bf16", "fp16"]
+from suite.precision import DTYPES, FORMATS, ROUNDED_WHERE
+
+Dtype = Literal[*DTYPES]
+RolloutFormat = Literal[*FORMATS]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64}|unknown)$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -120,6 +123,13 @@ class ProblemFile(Strict):
     sha256: Sha256
 
 
+class HeldOut(Strict):
+    """Desk problems on which the trainer's policy is evaluated: how many, and the seed that draws them."""
+
+    num_prompts: Positive
+    seed: Natural
+
+
 class Data(Strict):
     """Problems: a hub id, a local path, or a generated family.
 
@@ -143,6 +153,7 @@ class Data(Strict):
     kept: ProblemFile | None = None
     keep_accuracy: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] | None = None
     reference: ProblemFile | None = None
+    held_out: HeldOut | None = None
     zero_truncated: bool | None = None
     reward_timeout_s: Annotated[float, Field(gt=0)] | None = None
 
@@ -233,9 +244,13 @@ class LossScaling(Strict):
 
 
 class PrecisionSettings(Strict):
-    """The dtype asked for at each point; null follows `rollout` or `train`. What was executed is in the record."""
+    """The format asked for at each point; null follows `rollout` or `train`. What was executed is in the record.
 
-    rollout: Dtype | None = None
+    rollout: also a coarse format, m0 to m22; rollout_rounded: where it acts, on the weights alone or on all products.
+    """
+
+    rollout: RolloutFormat | None = None
+    rollout_rounded: Literal[*ROUNDED_WHERE] | None = None
     train: Dtype | None = None
     wire: Dtype | None = None
     trainer_head: Dtype | None = None
@@ -262,7 +277,9 @@ class Algorithm(Strict):
 
 
 class Schedule(Strict):
-    """Counts per run: `steps` are rollout iterations, `minibatches` the gradient steps in each."""
+    """Counts per run: `steps` are rollout iterations, `minibatches` the gradient steps in each; every `eval_every` of them
+    the trainer's policy is evaluated on data.held_out.
+    """
 
     steps: Positive | None = None
     prompts_per_step: Positive | None = None

@@ -10,27 +10,34 @@ every dtype). The same class of fault has bitten others on GPUs. So a sync is pr
     probe      after each later sync: the same comparison, to be read against the floor. Above it, floor and challenge are
                taken again at the present weights: training may have moved them to where the engines agree less, and a
                tensor that lags by one update is far closer than one that missed the challenge
+
+A coarse format on the wire (m0 to m22) changes the weights on purpose, by more than a stale tensor would. So the trainer is
+scored, for the comparison alone, with its weights rounded as those that travelled: the floor is then that of the engines,
+however coarse the format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from suite.precision import dtype_name, torch_dtype
+from suite.arithmetic import on_grid, round_to
+from suite.precision import FORMATS, dtype_name, torch_dtype
 from suite.ranks import Ranks
 from suite.rollouts import Sampler
 
-CHALLENGE_SCALE = 0.1  # relative size of the random move of each weight in the challenge
+# Relative size of the random move of each weight in the challenge; on a coarse wire a little more than half the spacing of
+# its numbers, so that a weight that sits on one of them arrives as another.
+CHALLENGE_SCALE, CHALLENGE_ROUNDINGS = 0.1, 1.1
 # A gap (mean |dlogp|) is at the floor up to FACTOR x floor + 4 roundings of the coarser engine + 2e-6 nats. The floor moves
 # with the weights, and engines that share kernels may start from almost none; a stale tensor in the challenge moves the
 # gap by orders of magnitude.
 TOLERATED_FACTOR, TOLERATED_ROUNDINGS, TOLERATED_NATS = 4.0, 4.0, 2e-6
 FLOOR_SHARE = 0.25  # a floor is at most this share of what the challenge does to the trainer's own log-probs
-ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # relative error of rounding to the format
 
 
 class SyncError(RuntimeError):
@@ -51,8 +58,9 @@ class Probe:
     of which the widest gap counts."""
 
     sequences: list[tuple[list[int], int]]
-    precision: str  # of the coarser of the two engines
+    precision: str  # format of the products of the coarser engine
     ranks: Ranks = Ranks()
+    wire: str = "fp32"  # format in which weights travel
 
     def gap(self, sampler: Sampler, trainer) -> Gap:
         own = self._own_gap(sampler, trainer)
@@ -61,13 +69,18 @@ class Probe:
 
     def _own_gap(self, sampler: Sampler, trainer) -> Gap:
         mu = np.concatenate(sampler.score(self.sequences)).astype(np.float64)
-        pi = np.concatenate(trainer.score(self.sequences)).astype(np.float64)
+        pi = self.trainer_logprobs(trainer).astype(np.float64)
         r = pi - mu
         return Gap(float(np.abs(r).mean()), float((np.expm1(r) - r).mean()))
 
+    def trainer_logprobs(self, trainer) -> np.ndarray:
+        """log pi of the probe's response tokens, (T,) float32 nats, with the weights that a coarse wire lets through."""
+        with nullcontext() if FORMATS[self.wire].is_dtype else trainer.moved_weights(_rounder(self.wire)):
+            return np.concatenate(trainer.score(self.sequences))
+
     def allowed(self, floor: Gap) -> float:
         """The largest mean |dlogp|, nats per token, that counts as at the floor."""
-        slack = TOLERATED_ROUNDINGS * ROUNDING[self.precision] + TOLERATED_NATS
+        slack = TOLERATED_ROUNDINGS * FORMATS[self.precision].rounding + TOLERATED_NATS
         return TOLERATED_FACTOR * floor.logprob_diff_mean + slack
 
     def holds(self, gap: Gap, floor: Gap) -> bool:
@@ -85,12 +98,13 @@ class Probe:
 
 
 def sync_weights(trainer, sampler: Sampler, wire: str) -> str:
-    """Hand the trainer's fp32 masters, rounded to the wire dtype, to the sampler. Returns the dtypes that travelled."""
+    """Hand the trainer's fp32 masters, rounded to the wire format, to the sampler. Returns the formats that travelled."""
     travelled = set()
 
     def noted():
         for name, tensor in trainer.named_weights(torch_dtype(wire)):
-            travelled.add(dtype_name(tensor.dtype))
+            tensor = round_to(tensor, wire)
+            travelled.add(wire if on_grid(tensor, wire) else dtype_name(tensor.dtype))
             yield name, tensor
 
     sampler.load_weights(noted())
@@ -103,9 +117,9 @@ def prove_sync(trainer, sampler: Sampler, wire: str, probe: Probe) -> Gap:
     Raises SyncError if a challenge weight did not arrive, if the way back does not end at the floor again, or if the
     floor is no floor: a sampler with other weights altogether is as far away before the challenge as after it.
     """
-    floor, before = probe.gap(sampler, trainer), np.concatenate(trainer.score(probe.sequences))
-    with trainer.moved_weights(_mover(seed=0)):
-        effect = float(np.abs(np.concatenate(trainer.score(probe.sequences)) - before).mean())
+    floor, before = probe.gap(sampler, trainer), probe.trainer_logprobs(trainer)
+    with trainer.moved_weights(_mover(seed=0, wire=wire)):
+        effect = float(np.abs(probe.trainer_logprobs(trainer) - before).mean())
         if not floor.logprob_diff_mean <= FLOOR_SHARE * effect:
             raise SyncError(
                 f"weight sync: sampler and trainer differ by {floor.logprob_diff_mean:.3g} nats per token on the probe, "
@@ -118,17 +132,28 @@ def prove_sync(trainer, sampler: Sampler, wire: str, probe: Probe) -> Gap:
     return floor
 
 
-def _mover(seed: int) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
-    """Multiplies each weight, in place, by 1 + CHALLENGE_SCALE x a random sign: no weight keeps its value. A tensor of
-    zeros (a fresh bias, the B of a fresh adapter) becomes CHALLENGE_SCALE x a random sign."""
+def _rounder(wire: str) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
+    """Rounds each weight, in place, to the format."""
+
+    def move(named_tensors) -> None:
+        for _, tensor in named_tensors:
+            tensor.copy_(round_to(tensor, wire))
+
+    return move
+
+
+def _mover(seed: int, wire: str = "fp32") -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
+    """Multiplies each weight, in place, by 1 + scale x a random sign: no weight keeps its value. A tensor of zeros (a fresh
+    bias, the B of a fresh adapter) becomes scale x a random sign."""
+    scale = max(CHALLENGE_SCALE, CHALLENGE_ROUNDINGS * FORMATS[wire].rounding)
 
     def move(named_tensors) -> None:
         generator = torch.Generator().manual_seed(seed)
         for _, tensor in named_tensors:
             signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device, tensor.dtype) * 2 - 1
             if tensor.any():
-                tensor.mul_(1 + CHALLENGE_SCALE * signs)
+                tensor.mul_(1 + scale * signs)
             else:
-                tensor.copy_(CHALLENGE_SCALE * signs)
+                tensor.copy_(scale * signs)
 
     return move

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from suite.errors import TaskError
 from suite.estimands import estimands_of
+from suite.precision import COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
 from suite.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
 from suite.settings import SECTIONS
 from suite.strict_yaml import TaskErrors, read_yaml
@@ -28,7 +29,7 @@ FORMS = {
     "count": ("arm",),
     "report": ("arm", "ratio", "difference", "order"),
 }
-ARM_NAME = re.compile(r"^(fp32|bf16|fp16)(?:-(fp32|bf16|fp16))?(?:-[A-Za-z0-9_-]+)?$")
+ARM_NAME = re.compile(rf"^({'|'.join(DTYPES)})(?:-({'|'.join(FORMATS)}))?(?:-[A-Za-z0-9_-]+)?$")
 
 
 def validate_file(path_or_id: str | Path) -> tuple[list[TaskError], list[str]]:
@@ -101,7 +102,7 @@ def _resolution_errors(task: Task) -> list[TaskError]:
         names = [cell.name for cell in cells]
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
-        errors |= _sampling_errors(task, cells) | _adapter_errors(task, cells)
+        errors |= _sampling_errors(task, cells) | _adapter_errors(task, cells) | _rounding_errors(task, cells)
     return list(errors.values())
 
 
@@ -117,6 +118,20 @@ def _sampling_errors(task: Task, cells: list) -> dict[str, TaskError]:
             if value not in neutral:
                 allowed = f"{neutral[0] or 0} in protocol {task.protocol}, which compares whole distributions"
                 found[key] = TaskError(task.file, key, value, allowed)
+    return found
+
+
+def _rounding_errors(task: Task, cells: list) -> dict[str, TaskError]:
+    """A coarse format says where it acts; a dtype acts everywhere."""
+    found, key = {}, "precision.rollout_rounded"
+    for cell in cells:
+        format, rounded = cell.get("precision.rollout", None), cell.get(key, None)
+        if format in COARSE_FORMATS and rounded is None:
+            allowed = f"{' or '.join(ROUNDED_WHERE)} (precision.rollout is {format})"
+            found[key] = TaskError(task.file, f"{cell.arm}: {key}", "nothing", allowed)
+        elif format not in COARSE_FORMATS and rounded is not None:
+            allowed = f"nothing, unless precision.rollout is one of {COARSE_FORMATS[0]} to {COARSE_FORMATS[-1]}"
+            found[key] = TaskError(task.file, f"{cell.arm}: {key}", rounded, allowed)
     return found
 
 
@@ -140,7 +155,7 @@ def _name_errors(task: Task) -> list[TaskError]:
     errors = []
     for arm in task.arms:
         if not ARM_NAME.match(arm) and task.protocol not in ("dataset", "compare"):
-            allowed = "a name that begins with fp32, bf16, fp16 or a train-rollout pair such as bf16-fp32"
+            allowed = "a name that begins with fp32, bf16, fp16 or a train-rollout pair such as bf16-fp32 or fp32-m3"
             errors.append(TaskError(task.file, f"arms.{arm}", arm, allowed))
     if not task.arms and task.protocol not in ("dataset", "compare"):
         errors.append(TaskError(task.file, "arms", "nothing", "at least one arm"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from suite.algorithms import resolve as resolve_algorithm
 from suite.errors import TaskError
+from suite.precision import COARSE_FORMATS, DTYPES
 from suite.plan import arm_names, grid_points, read_path, resolve
 from suite.strict_yaml import TaskErrors
 from suite.task import Grade, Task
@@ -18,7 +19,8 @@ def rl_errors(task: Task) -> list[TaskError]:
     if task.protocol != "rl":
         return []
     cells = _resolved(task)
-    found = [error for key, settings in cells for error in [*_algorithm(task, key, settings), *_batch(task, settings)]]
+    checks = (_algorithm, _batch, _held_out, _coarse)
+    found = [error for key, settings in cells for check in checks for error in check(task, key, settings)]
     horizon = min((settings["schedule"]["steps"] for key, settings in cells if key.startswith("arms.")), default=0)
     for name, grade in task.grade.items():
         found += _grade(task, f"grade.{name}", grade, horizon)
@@ -67,11 +69,30 @@ def _algorithm(task: Task, key: str, settings: dict) -> list[TaskError]:
     return []
 
 
-def _batch(task: Task, settings: dict) -> list[TaskError]:
+def _batch(task: Task, key: str, settings: dict) -> list[TaskError]:
     schedule = settings["schedule"]
     if schedule["minibatches"] > schedule["prompts_per_step"]:
         allowed = f"at most schedule.prompts_per_step, {schedule['prompts_per_step']}: a mini-batch has whole groups"
         return [TaskError(task.file, "schedule.minibatches", schedule["minibatches"], allowed)]
+    return []
+
+
+def _held_out(task: Task, key: str, settings: dict) -> list[TaskError]:
+    """Evaluation needs problems and a cadence, and has only generated ones."""
+    held_out, every = settings["data"].get("held_out"), settings["schedule"].get("eval_every")
+    if bool(held_out) != bool(every):
+        named, missing = ("data.held_out", "schedule.eval_every") if held_out else ("schedule.eval_every", "data.held_out")
+        return [TaskError(task.file, missing, "nothing", f"a value ({named} is set)")]
+    if held_out and settings["data"].get("template") != "desk":
+        return [TaskError(task.file, "data.held_out", held_out, "nothing, unless data.template is desk")]
+    return []
+
+
+def _coarse(task: Task, key: str, settings: dict) -> list[TaskError]:
+    """Merged adapters are formed anew at every sync: what would be rounded is not what the proof of the sync rounds."""
+    if settings["precision"]["rollout"] in COARSE_FORMATS and settings["train"].get("lora"):
+        allowed = f"{', '.join(DTYPES)} with train.lora"
+        return [TaskError(task.file, f"{key}.precision.rollout", settings["precision"]["rollout"], allowed)]
     return []
 
 

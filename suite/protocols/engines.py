@@ -17,7 +17,8 @@ from suite.rollouts import load_sampler
 from suite.trainers import load_trainer
 
 # Cells that agree on these can share one sampler.
-SAMPLER_SETTINGS = ("model", "rollout", "precision.rollout", "precision.kv_cache", "precision.rollout_logits")
+SAMPLER_SETTINGS = ("model", "rollout", "precision.rollout", "precision.rollout_rounded", "precision.kv_cache",
+                    "precision.rollout_logits")  # fmt: skip
 
 
 class Engines:

@@ -7,6 +7,7 @@
         score       log pi(theta') of the same tokens by the trainer
         mismatch    mu against pi, before any update
         update      mini-batches: loss, scale, backward, unscale, clip, step
+        evaluate    every few steps, where the task says so: the trainer's own policy on held-out problems
         sync        the new weights to the sampler, and the probe that they arrived
         record      evidence, one line of metrics; a checkpoint every few steps
 
@@ -29,18 +30,19 @@ import torch
 from suite.algorithms import Algorithm, resolve
 from suite.batch import MiniBatch, Rollout, evidence_table, request_seed
 from suite.checkpoint import load_checkpoint, save_checkpoint
-from suite.data import Prompt, load_prompts
+from suite.data import Prompt, load_held_out, load_prompts
 from suite.errors import UserError
 from suite.evidence import flat, num_response_tokens, summarise
 from suite.losses import advantages
 from suite.mismatch import estimates, token_statistics
 from suite.plan import Cell
-from suite.precision import Precision
+from suite.precision import FORMATS, Precision
 from suite.protocols import Session
 from suite.protocols.engines import Engines, run_one_by_one
 from suite.ranks import ReplicaError
 from suite.record import RunWriter, read_evidence
 from suite.sync import Probe, prove_sync, sync_weights
+from suite.watch import by_advantage
 
 DEFAULT_CHECKPOINT_EVERY = 10
 NUM_PROBE_PROMPTS = 8
@@ -59,6 +61,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     shuffle_rewards = settings.pop("shuffle_rewards", False)
     algorithm = resolve(settings.pop("name"), **settings)
     prompts = load_prompts(cell.settings["data"], cell.get("data.seed", None) or 0)
+    held_out = load_held_out(cell.settings["data"])
     precision = Precision.of(cell.settings["precision"])
     wire, ranks = precision.wire, session.ranks
     sampler, trainer = engines.sampler, engines.new_trainer(cell)
@@ -76,7 +79,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
     # --- both engines hold the checkpoint's weights: prove that the sampler follows the trainer
     sync_weights(trainer, sampler, wire)
-    probe = _probe(prompts, engines, precision.coarser)
+    probe = _probe(prompts, engines, precision)
     floor = prove_sync(trainer, sampler, wire, probe)
     writer.update(sync_floor={"logprob_diff_mean": floor.logprob_diff_mean, "k3": floor.k3})
     if state:
@@ -107,9 +110,15 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
         taught = _shuffled(rewards, cell.seed, step) if shuffle_rewards else rewards
         whole = _whole_batch(rollouts, sequences, trainer_logprobs, taught, algorithm, cell)
+        logprobs = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
+        row |= by_advantage(*logprobs, whole.advantages, num_response_tokens(evidence))
         parts = _minibatches(batch, rollouts, schedule["minibatches"], cell.seed, step)
         updates = [trainer.update(whole.rows(part), algorithm) for part in parts]
         clock.lap("t_train_s")
+
+        if held_out and (step + 1) % schedule["eval_every"] == 0:
+            row["eval_reward_mean"] = _evaluate(held_out, trainer, engines, precision, cell.seed, step)
+            clock.lap("t_eval_s")
 
         travelled = sync_weights(trainer, sampler, wire)
         gap = probe.gap(sampler, trainer)
@@ -164,6 +173,16 @@ def _prompts_of_step(prompts: list[Prompt], num: int, step: int, seed: int) -> l
     epoch, place = divmod(step, len(prompts) // num)
     order = np.random.default_rng(request_seed(seed, "order", epoch)).permutation(len(prompts))
     return [prompts[i] for i in order[place * num : (place + 1) * num]]
+
+
+def _evaluate(held_out: list[Prompt], trainer, engines: Engines, precision: Precision, seed: int, step: int) -> float:
+    """Accuracy of the trainer's own policy on problems that it does not train on: one response each, sampled as in
+    training, by the same engine with the trainer's weights as its dtype holds them, not rounded any further. Leaves the
+    sampler with these weights."""
+    sync_weights(trainer, engines.sampler, FORMATS[precision.wire].storage)
+    requests = engines.requests(held_out, seed, "eval", step)[:: engines.samples_per_prompt]
+    rollouts = engines.ranks.spread(requests, engines.sampler.sample)
+    return float(np.mean(engines.ranks.spread(rollouts, lambda share: engines.reward(share, held_out))))
 
 
 def _mismatch(step: int, rollouts: list[Rollout], evidence) -> dict:
@@ -224,13 +243,13 @@ def _training(updates: list[dict[str, float]]) -> dict[str, float]:
     return row
 
 
-def _probe(prompts: list[Prompt], engines: Engines, precision: str) -> Probe:
+def _probe(prompts: list[Prompt], engines: Engines, precision: Precision) -> Probe:
     """Fixed sequences: the sampler's own rollouts of the first problems, before any training."""
     rollouts = engines.sampler.sample(engines.requests(prompts[:NUM_PROBE_PROMPTS], "probe"))[:: engines.samples_per_prompt]
     sequences = engines.scorable(rollouts)
     if not sequences:
         raise UserError("rollout.max_model_len: none of the first problems leaves room for a response of two tokens")
-    return Probe(sequences, precision, engines.ranks)
+    return Probe(sequences, precision.coarser, engines.ranks, precision.wire)
 
 
 def _finish(writer: RunWriter, diverged: bool) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from suite.batch import Request, Rollout
+from suite.precision import FORMATS, dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +48,36 @@ def engine_name(asked: str) -> str:
     return "vllm" if importlib.util.find_spec("vllm") else "hf"
 
 
-def load_sampler(model_path: Path, rollout: dict, dtype: str, stop_token_ids: list[int]) -> Sampler:
-    """The sampler that `rollout` (a resolved settings section) asks for, with the model's weights in `dtype`."""
+def load_sampler(model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int]) -> Sampler:
+    """The sampler that `rollout` (a resolved settings section) asks for, with the model's weights in the format
+    `precision`: of a coarse one, rounded to it."""
     if engine_name(rollout["engine"]) == "vllm":
-        from suite.rollouts.vllm import VllmSampler as sampler
+        from suite.rollouts.vllm import VllmSampler as engine
     else:
-        from suite.rollouts.hf import HfSampler as sampler
-    return sampler(model_path, rollout, dtype, stop_token_ids)
+        from suite.rollouts.hf import HfSampler as engine
+    sampler = engine(model_path, rollout, precision, stop_token_ids)
+    if not FORMATS[precision].is_dtype:
+        sampler.load_weights(rounded_checkpoint(model_path, precision))
+    return sampler
+
+
+def rounded_checkpoint(model_path: Path, precision: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every weight of a checkpoint, rounded to the format, one at a time."""
+    from safetensors import safe_open
+
+    from suite.arithmetic import round_to
+
+    for file in sorted(model_path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                yield name, round_to(tensors.get_tensor(name).float(), precision)
+
+
+def weights_format(parameters: Iterable[torch.Tensor], precision: str) -> str:
+    """The format of live weights: `precision` where all of them lie on its grid, else the dtypes that hold them."""
+    from suite.arithmetic import on_grid
+
+    held = [parameter for parameter in parameters if parameter.numel()]
+    if all(on_grid(parameter.detach(), precision) for parameter in held):
+        return precision
+    return "+".join(sorted({dtype_name(parameter.dtype) for parameter in held}))

@@ -10,6 +10,7 @@ import torch
 from suite.arithmetic import arithmetic_for
 from suite.batch import Request, Rollout, empty_rollout, response_room
 from suite.precision import dtype_name, torch_dtype
+from suite.rollouts import weights_format
 
 DEFAULT_MAX_NUM_SEQS = 64
 
@@ -19,14 +20,14 @@ class HfSampler:
 
     engine = "hf"
 
-    def __init__(self, model_path: Path, rollout: dict, dtype: str, stop_token_ids: list[int]):
+    def __init__(self, model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int]):
         from transformers import AutoModelForCausalLM
 
-        self._rollout, self._stop = rollout, set(stop_token_ids)
+        self._rollout, self._precision, self._stop = rollout, precision, set(stop_token_ids)
         self._strings = StopStrings(model_path, rollout["stop"]) if rollout.get("stop") else None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(dtype)).eval().to(self._device)
-        self.arithmetic, self._products = arithmetic_for(self._device, torch_dtype(dtype))
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(precision)).eval().to(self._device)
+        self.arithmetic, self._products = arithmetic_for(self._device, torch_dtype(precision))
         self._cache_dtype = self._logits_dtype = None
 
     @torch.inference_mode()
@@ -117,9 +118,8 @@ class HfSampler:
             parameters[name].copy_(tensor)
 
     def executed(self) -> dict[str, str]:
-        weights = {dtype_name(p.dtype) for p in self._model.parameters()}
         return {
-            "rollout_weights": "+".join(sorted(weights)),
+            "rollout_weights": weights_format(self._model.parameters(), self._precision),
             "kv_cache": dtype_name(self._cache_dtype) if self._cache_dtype else "not sampled yet",
             "rollout_logits": dtype_name(self._logits_dtype) if self._logits_dtype else "not sampled yet",
             "sampler_engine": "hf",

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from suite.batch import Request, Rollout, empty_rollout, response_room
-from suite.precision import NATIVE, TORCH_NAMES, dtype_name
+from suite.precision import FORMATS, NATIVE, dtype_name
+from suite.rollouts import weights_format
 
 IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -29,7 +30,7 @@ class VllmSampler:
 
     engine = "vllm"
 
-    def __init__(self, model_path: Path, rollout: dict, dtype: str, stop_token_ids: list[int]):
+    def __init__(self, model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int]):
         os.environ.update(IN_PROCESS)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_gpu = torch.cuda.is_available()
@@ -38,9 +39,9 @@ class VllmSampler:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cache_gib)))
         from vllm import LLM
 
-        self._rollout, self._stop_token_ids = rollout, list(stop_token_ids)
+        self._rollout, self._precision, self._stop_token_ids = rollout, precision, list(stop_token_ids)
         self._logits_dtype: torch.dtype | None = None
-        self._llm = LLM(str(model_path), dtype=TORCH_NAMES[dtype], **_engine_arguments(rollout, cache_gib, on_gpu))
+        self._llm = LLM(str(model_path), dtype=FORMATS[precision].torch_name, **_engine_arguments(rollout, cache_gib, on_gpu))
         self._runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self._watch_logits()
 
@@ -112,11 +113,10 @@ class VllmSampler:
 
     def executed(self) -> dict[str, str]:
         parameters = list(self._runner.model.parameters())
-        weights = {dtype_name(p.dtype) for p in parameters if p.dim() > 1}
         biases = {dtype_name(p.dtype) for p in parameters if p.dim() <= 1}  # vLLM keeps bf16 biases in fp32 on a CPU
         caches = self._runner.kv_caches
         return {
-            "rollout_weights": "+".join(sorted(weights)),
+            "rollout_weights": weights_format([p for p in parameters if p.dim() > 1], self._precision),
             "rollout_vectors": "+".join(sorted(biases)),
             "kv_cache": dtype_name(caches[0].dtype),
             "rollout_logits": dtype_name(self._logits_dtype) if self._logits_dtype else "not sampled yet",
