@@ -31,7 +31,7 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-FP32_MANTISSA_BITS = 23
+FP32_MANTISSA_BITS, FP32_EXPONENT = 23, 0x7F800000
 
 
 def round_to(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -46,7 +46,8 @@ def round_to(tensor: torch.Tensor, name: str) -> torch.Tensor:
     values = tensor.float()
     dropped = FP32_MANTISSA_BITS - row.mantissa_bits
     bits = values.view(torch.int32)
-    half_less_one, last_kept = (1 << (dropped - 1)) - 1, (bits >> dropped) & 1
+    half_less_one = (1 << (dropped - 1)) - 1
+    last_kept = (bits >> dropped) & 1 if row.mantissa_bits else (bits & FP32_EXPONENT != 0).int()  # the implicit bit
     rounded = ((bits + half_less_one + last_kept) >> dropped << dropped).view(torch.float32)
     return torch.where(torch.isfinite(values), rounded, values)
 

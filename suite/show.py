@@ -129,7 +129,7 @@ def _claim_lines(task: Task, claim: Claim) -> list[str]:
 
 
 def is_claim(name: str) -> bool:
-    """Whether a name is one of the paper's claims (C1 ... C33), or a task's claim about one (C19-order)."""
+    """Whether a name is one of the paper's claims (C1 ... C37), or a task's claim about one (C19-order)."""
     return re.fullmatch(r"[cC]\d{1,2}(-.*)?", name) is not None
 
 

@@ -55,7 +55,7 @@ class Paper(Strict):
 
 class Claim(Strict):
     id: Name
-    about: Annotated[str, Field(pattern=r"^C([1-9]|[12][0-9]|3[0-3])$")]
+    about: Annotated[str, Field(pattern=r"^C([1-9]|[12][0-9]|3[0-7])$")]
     statement: str
     kind: Kind
     paper: Paper | None = None

@@ -1,13 +1,16 @@
 """16-bit products on a CPU: fp32 accumulation, one rounding, and the same numbers as native 16-bit kernels."""
 
+import math
 from contextlib import nullcontext
+from fractions import Fraction
 
 import pytest
 
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
-from suite.arithmetic import RoundedProducts, arithmetic_for  # noqa: E402
+from suite.arithmetic import RoundedProducts, arithmetic_for, on_grid, round_to  # noqa: E402
+from suite.precision import COARSE_FORMATS  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16]
 
@@ -101,3 +104,54 @@ def test_only_16_bit_products_on_a_cpu_are_rounded():
     assert arithmetic_for("cpu", torch.bfloat16)[0] == "rounded-fp32-accumulate"
     assert arithmetic_for("cpu", torch.float32)[0] == "native"
     assert arithmetic_for("cuda", torch.float16)[0] == "native"
+
+
+def wide_values(num=4000):
+    """fp32 numbers over many powers of two, and what sits on an edge."""
+    draw = torch.Generator().manual_seed(0)
+    body = torch.randn(num, generator=draw) * torch.exp(20 * torch.randn(num, generator=draw))
+    return torch.cat([body, torch.tensor([0.0, -0.0, 1.0, 1.25, 1.75, -1.25, 1.5, 3.0, -0.75, 2.0**-126])])
+
+
+def slowly_rounded(value: float, bits: int) -> float:
+    """Round to nearest even with exact fractions, one number at a time."""
+    if value == 0:
+        return value
+    exponent = math.floor(math.log2(abs(value)))
+    exponent += (abs(Fraction(value)) >= Fraction(2) ** (exponent + 1)) - (abs(Fraction(value)) < Fraction(2) ** exponent)
+    spacing = Fraction(2) ** (max(exponent, -126) - bits)
+    return float(round(Fraction(value) / spacing) * spacing)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 7, 10, 22])
+def test_a_coarse_format_rounds_to_nearest_even(bits):
+    values = wide_values(500)
+    expected = torch.tensor([slowly_rounded(value, bits) for value in values.tolist()])
+    assert torch.equal(round_to(values, f"m{bits}"), expected)
+
+
+def test_seven_bits_are_bf16():
+    values = wide_values()
+    assert torch.equal(round_to(values, "m7"), values.bfloat16().float())
+
+
+def test_ten_bits_are_fp16_where_fp16_has_its_full_mantissa():
+    values = wide_values()
+    values = values[(values.abs() >= 2.0**-14) & (values.abs() < 65504)]
+    assert len(values) > 500 and torch.equal(round_to(values, "m10"), values.half().float())
+
+
+def test_infinities_and_nan_stay_and_the_largest_numbers_overflow():
+    found = round_to(torch.tensor([math.inf, -math.inf, math.nan, 3.4e38]), "m2")
+    assert found[:2].tolist() == [math.inf, -math.inf] and found[2].isnan() and found[3] == math.inf
+
+
+@pytest.mark.parametrize("name", COARSE_FORMATS)
+def test_what_was_rounded_is_on_the_grid_and_stays_there(name):
+    rounded = round_to(wide_values(), name)
+    assert on_grid(rounded, name) and torch.equal(round_to(rounded, name), rounded)
+    assert not on_grid(wide_values(), name) and not on_grid(rounded.bfloat16(), name)
+
+
+def test_a_dtype_is_its_own_grid():
+    assert on_grid(torch.ones(2, dtype=torch.float16), "fp16") and not on_grid(torch.ones(2), "fp16")

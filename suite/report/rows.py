@@ -23,7 +23,7 @@ _SAYS_NOTHING = ("INVALID", "ERROR", "NOT_RUN")  # of a whole task: no claim of 
 class Row:
     """One claim on one fingerprint. `verdict` is None for kind `report`; `fingerprint` is None if never run."""
 
-    claim: str  # the paper's claim, C1 ... C33
+    claim: str  # the paper's claim, C1 ... C37
     claim_id: str  # the task's own id for it
     statement: str
     kind: str
