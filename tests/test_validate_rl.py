@@ -101,3 +101,44 @@ def test_more_mini_batches_than_prompts_are_refused(tmp_path):
 def test_a_drift_may_be_bounded_on_one_side(tmp_path):
     grade = block("prob_diff_mean", "arm: fp16", "[null, 0.405]", "reducer: log_ratio")
     assert errors_of(tmp_path, "threshold", grade) == []
+
+
+COARSE = "  fp32-m3: {{precision: {{rollout: m3, rollout_rounded: weights, train: fp32}}}}\n"
+
+
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("rollout_rounded: weights, ", "", "rollout_rounded: found 'nothing', allowed: weights or products (precision.rollout is m3)"),
+    ("m3, rollout_rounded: weights", "m30, rollout_rounded: weights", "precision.rollout: found 'm30', allowed: fp32, bf16, fp16, m0, m1"),
+    ("m3, rollout_rounded: weights", "m3, rollout_rounded: sums", "rollout_rounded: found 'sums', allowed: weights or products"),
+    ("{{rollout: m3, rollout_rounded", "{{rollout: m2, rollout_rounded", "found 'm2', allowed: m3 (the arm's name says so)"),
+    ("rollout: m3, rollout_rounded: weights", "rollout: fp16, rollout_rounded: weights", "allowed: nothing, unless precision.rollout is one of m0 to m22"),
+    ("train: fp32}}}}", "train: fp32}}, train: {{lora: {{rank: 2, alpha: 4, targets: [q_proj]}}}}}}", "allowed: fp32, bf16, fp16 with train.lora"),
+])  # fmt: skip
+def test_a_coarse_sampler_that_cannot_be_is_refused(tmp_path, old, new, said):
+    text = RL.replace("vary: [precision", COARSE.replace(old, new) + "vary: [train, precision")
+    found = [str(error) for error in _errors(tmp_path, text)]
+    assert any(said in error for error in found), found
+
+
+def test_a_coarse_sampler_is_accepted(tmp_path):
+    assert _errors(tmp_path, RL.replace("vary: [precision", COARSE + "vary: [precision.rollout_rounded, precision")) == []
+
+
+@pytest.mark.parametrize(("held_out", "every", "said"), [
+    ("held_out: {{num_prompts: 4, seed: 1}}, ", "", "schedule.eval_every: found 'nothing'"),
+    ("", "eval_every: 5, ", "data.held_out: found 'nothing'"),
+    ("held_out: {{num_prompts: 4, seed: 1}}, ", "eval_every: 5, ", None),
+])  # fmt: skip
+def test_evaluation_needs_problems_and_a_cadence(tmp_path, held_out, every, said):
+    text = RL.replace("data: {{", "data: {{" + held_out).replace("schedule: {{", "schedule: {{" + every)
+    found = [str(error) for error in _errors(tmp_path, text)]
+    assert found == [] if said is None else said in found[0]
+
+
+def _errors(tmp_path, text):
+    from suite.strict_yaml import TaskErrors
+
+    try:
+        return check(task_of(tmp_path, text, claim("threshold", GRADE)))[0]
+    except TaskErrors as found:
+        return found.errors
