@@ -13,7 +13,10 @@ from suite.precision import DTYPES, FORMATS, ROUNDED_WHERE
 
 Dtype = Literal[*DTYPES]
 RolloutFormat = Literal[*FORMATS]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]
+# What becomes part of a path. Every name of a task file that does has one of these three types.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]  # tasks, blocks, claims, arms, controls
+SettingPath = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*$", max_length=80)]  # axes of a grid
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64}|unknown)$")]
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -107,7 +110,7 @@ class Model(Strict):
 
 
 class DataFile(Strict):
-    name: str
+    name: FileName
     sha256: Sha256
     rows: Positive | None = None
 
@@ -118,7 +121,7 @@ class ProblemFile(Strict):
     """
 
     path: str | None = None
-    name: str | None = None
+    name: FileName | None = None
     id: str | None = None
     sha256: Sha256
 

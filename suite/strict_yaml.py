@@ -2,11 +2,15 @@
 
 Refused, each with its place: duplicate keys, keys that are not text, tags (`!!python/...` and all others), anchors
 and aliases (sharing is what `extends` is for, and an alias bomb needs them), merge keys, deep nesting, more than one
-document, bytes that are not UTF-8. Only `true`/`false` are booleans and only plain decimals are integers, so `no`,
-`on`, `010`, `1:30` and dates stay text and then meet a type error where a number was wanted.
+document, bytes that are not UTF-8, control characters, numbers that are not finite. Only `true`/`false` are booleans
+and only plain decimals are numbers. Whatever else some YAML reader takes for a number, a boolean or null (`1e-9`, `010`,
+`1:30`, `no`) is refused wherever it stands without quotes: it would be text here and a value there. Dates are text.
 """
 
+import copy
+import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -28,8 +32,9 @@ class TaskErrors(TaskError):
         return "\n".join(str(error) for error in self.errors)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the short list of implicit types below; used for its scanner, parser and composer only."""
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """SafeLoader with the short list of implicit types below; used for its scanner, parser and composer only. In C where
+    PyYAML was built with libyaml: nine times as fast."""
 
     yaml_implicit_resolvers: dict = {}
 
@@ -43,6 +48,17 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+\.[0-9]*(?:[eE][-+][0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
     _NUMBER_START,
 )
+# What the core schemas of YAML 1.1 and 1.2, or Python, read as a value and the types above do not.
+_AMBIGUOUS = (
+    (re.compile(r"[-+]?(?=[0-9.])[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"), "a number"),
+    (re.compile(r"[-+]?0(?:x[0-9a-fA-F_]+|o[0-7_]+|b[01_]+)|[-+]?[0-9]+(?::[0-5]?[0-9])+(?:\.[0-9_]*)?"), "a number"),
+    (re.compile(r"[-+]?\.?inf(?:inity)?|\.?nan", re.IGNORECASE), "a finite number"),
+    (re.compile(r"true|false|yes|no|on|off|y|n", re.IGNORECASE), "true or false"),
+    (re.compile(r"null", re.IGNORECASE), "null"),
+)
+_WITH_EXPONENT = re.compile(r"([-+]?)([0-9]*)(?:\.([0-9]*))?[eE]([-+]?)([0-9]+)")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_LARGEST = 2**63  # of int64, in which steps and seeds are written
 
 
 def read_yaml(path: str | Path) -> tuple[object, list[TaskError]]:
@@ -52,8 +68,14 @@ def read_yaml(path: str | Path) -> tuple[object, list[TaskError]]:
     """
     try:
         data = Path(path).read_bytes()
-    except OSError as problem:
-        return None, [TaskError(path, "(file)", problem.strerror or str(problem), "a readable YAML file")]
+    except (OSError, ValueError) as problem:  # ValueError: a name with NUL in it
+        return None, [TaskError(path, "(file)", getattr(problem, "strerror", None) or str(problem), "a readable YAML file")]
+    value, errors = _read_bytes(data, str(path))
+    return copy.deepcopy(value), list(errors)
+
+
+@lru_cache(maxsize=128)  # by content: blocks and compared tasks are read again and again, and nothing here can be stale
+def _read_bytes(data: bytes, path: str) -> tuple[object, list[TaskError]]:
     if len(data) > MAX_BYTES:
         return None, [TaskError(path, "(file)", f"{len(data)} bytes", f"at most {MAX_BYTES} bytes")]
     try:
@@ -72,6 +94,8 @@ def parse_yaml(text: str, path: str | Path) -> tuple[object, list[TaskError]]:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as problem:
         return None, [_syntax_error(problem, path)]
+    except (ValueError, OverflowError) as problem:  # PyYAML without libyaml: an escape such as \UFFFFFFFF
+        return None, [TaskError(path, "(file)", str(problem), "one well-formed YAML document")]
     if node is None:
         return None, [TaskError(path, "(file)", "an empty file", "a mapping of keys to values")]
     value = _plain(node, "", path, errors)
@@ -79,6 +103,16 @@ def parse_yaml(text: str, path: str | Path) -> tuple[object, list[TaskError]]:
         errors.append(TaskError(path, "(file)", type(value).__name__, "a mapping of keys to values"))
         return None, errors
     return value, errors
+
+
+def number_hint(text) -> str | None:
+    """How to write a number that YAML 1.1 reads as text (1e-9); None for anything else."""
+    match = _WITH_EXPONENT.fullmatch(text) if isinstance(text, str) else None
+    if match is None or not (match[2] or match[3]):
+        return None
+    sign, whole, fraction, exponent_sign, exponent = match.groups()
+    number = f"{sign}{whole or '0'}.{fraction or '0'}e{exponent_sign or '+'}{exponent}"
+    return f"YAML 1.1 reads {text} as text; write {number}"
 
 
 def _check_events(text: str, path) -> list[TaskError]:
@@ -109,13 +143,33 @@ def _plain(node: yaml.Node, key: str, path, errors: list[TaskError]):
         return _plain_mapping(node, key, path, errors)
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, f"{key}.{i}" if key else str(i), path, errors) for i, item in enumerate(node.value)]
-    kind = node.tag.rsplit(":", 1)[-1]
-    if kind == "int" and len(node.value) > 30:
-        errors.append(TaskError(path, key, node.value[:30] + "...", "an integer of at most 30 digits"))
-        return 0
-    return {"null": lambda _: None, "bool": lambda v: v == "true", "int": int, "float": _float}.get(kind, str)(
-        node.value
-    )
+    return _scalar(node, key, path, errors)
+
+
+def _scalar(node: yaml.ScalarNode, key: str, path, errors: list[TaskError]):
+    """The value of one scalar. A refused one is kept as the text it is, for a type error at the same key would say no more."""
+    kind, text = node.tag.rsplit(":", 1)[-1], node.value
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text == "true"
+    if kind == "int" and len(text) < 30 and -_LARGEST <= int(text) < _LARGEST:
+        return int(text)
+    if kind == "float" and math.isfinite(_float(text)):
+        return _float(text)
+    if kind in ("int", "float"):
+        allowed = "an integer of at most 63 bits" if kind == "int" else "a finite number"
+        errors.append(TaskError(path, key, _short(text), allowed))
+    elif found := _CONTROL.search(text):
+        errors.append(TaskError(path, key, found.group(), "text without control characters"))
+    elif not node.style and (meant := next((what for form, what in _AMBIGUOUS if form.fullmatch(text)), None)):
+        hint = number_hint(text) or f"as text: '{_short(text)}'"
+        errors.append(TaskError(path, key, _short(text), meant, hint))
+    return text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _float(text: str) -> float:
@@ -133,6 +187,8 @@ def _plain_mapping(node: yaml.MappingNode, key: str, path, errors: list[TaskErro
             errors.append(
                 TaskError(path, where, shown, "keys that are text", f"line {line}; quote it if it is meant as text")
             )
+        elif _CONTROL.search(name):
+            errors.append(TaskError(path, ascii(where)[1:-1], name, "keys without control characters", f"line {line}"))
         elif name in result:
             errors.append(TaskError(path, where, f"a second time in line {line}", "each key once"))
         else:

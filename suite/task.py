@@ -7,6 +7,7 @@ validate.py. The settings sections are in settings.py. No torch.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +28,12 @@ from suite.settings import (
     PrecisionSettings,
     Rollout,
     Schedule,
+    SettingPath,
     Strict,
     Train,
 )
 from suite.strict_yaml import TaskErrors, read_yaml
-from suite.task_errors import explain
+from suite.task_errors import explain, field_locations, take_out
 
 Level = Literal["P0", "P1", "P2", "P3", "P4", "P5"]
 Tier = Literal["desk", "node", "paper"]
@@ -41,6 +43,7 @@ Reducer = Literal[
     "last_k_mean", "epoch_mean", "mean", "median", "geo_mean", "log_ratio", "auc", "time_to_event", "fraction_of_seeds"
 ]
 Range = tuple[Optional[float], Optional[float]]  # null = open end
+MAX_NAMES, MAX_CELLS = 100, 5000
 
 
 class Paper(Strict):
@@ -130,7 +133,7 @@ class Grade(Strict):
     estimand: str
     contrast: Contrast
     reducer: Reducer = "mean"
-    at: dict[str, JsonValue] = {}
+    at: dict[SettingPath, JsonValue] = {}
     window: Positive | None = None
     until: Positive | None = None
     level: float | None = None
@@ -153,7 +156,7 @@ class Control(Strict):
     like: Name
     set: dict[str, JsonValue] = {}
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)]
-    at: dict[str, JsonValue] = {}
+    at: dict[SettingPath, JsonValue] = {}
     estimand: str
     window: Positive | None = None
     contrast: Contrast
@@ -204,14 +207,14 @@ class Task(Strict):
     precision: PrecisionSettings | None = None
     algorithm: Algorithm | None = None
     schedule: Schedule | None = None
-    arms: dict[str, dict[str, JsonValue]] = {}
-    vary: tuple[str, ...] = ()
-    grid: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = {}
+    arms: dict[Name, dict[str, JsonValue]] = {}
+    vary: tuple[SettingPath, ...] = ()
+    grid: dict[SettingPath, Annotated[list[JsonValue], Field(min_length=1)]] = {}
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)]
     controls: tuple[Control, ...] = ()
     metrics: tuple[str, ...] = ()
     needs: tuple[Name, ...] = ()
-    grade: dict[str, Grade] = {}
+    grade: dict[Name, Grade] = {}
     resources: Resources
     budget: Budget | None = None
     _source: Source | None = PrivateAttr(default=None)
@@ -252,15 +255,22 @@ def json_schema() -> str:
 
 def load_all(repo: Path | None = None) -> dict[str, Task]:
     """Every task of the checkout by id. Raises TaskErrors with the errors of all files together."""
-    tasks, errors = {}, []
-    for name, path in task_files(repo).items():
-        try:
-            tasks[name] = load_task(path)
-        except TaskErrors as found:
-            errors += found.errors
+    tasks, errors = load_readable(repo)
     if errors:
         raise TaskErrors(errors)
     return tasks
+
+
+def load_readable(repo: Path | None = None) -> tuple[dict[str, Task], list[TaskError]]:
+    """The tasks of the checkout that can be read, by id, and the errors of those that cannot: one bad file hides no
+    other."""
+    tasks, errors = {}, []
+    for name, path in task_files(repo).items():
+        task, found, _ = read_task(path)
+        errors += found
+        if task is not None and not found:
+            tasks[name] = task
+    return tasks, errors
 
 
 def load_task(path_or_id: str | Path) -> Task:
@@ -280,6 +290,7 @@ def read_task(path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
     raw, layers, errors = _read_layers(path)
     if raw is None:
         return None, errors, []
+    said = {error.key for error in errors}
     errors += _check_place(raw, path)
     _expand_points(raw)
     task, left_out = None, []
@@ -287,29 +298,15 @@ def read_task(path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
         try:
             task = Task.model_validate_json(json.dumps(raw), strict=True)
             task._source = Source(path, path.read_text(encoding="utf-8"))
+            errors += _check_size(task)
             break
         except ValidationError as problem:
-            errors += [] if left_out else explain(problem, raw, Task, layers)
-            faulty = [error["loc"] for error in problem.errors(include_url=False)]
+            errors += [] if left_out else [error for error in explain(problem, raw, Task, layers) if error.key not in said]
+            faulty = field_locations(problem)
             left_out += [".".join(map(str, location)) for location in faulty]
-            if not all([_drop(raw, location) for location in sorted(faulty, key=str, reverse=True)]):
+            if not all([take_out(raw, location) for location in faulty]):
                 break
-    return task, errors, left_out
-
-
-def _drop(raw: Any, location: tuple) -> bool:
-    """Take the value at a location out of the raw mapping; False where there is nothing (a required key is missing)."""
-    for part in location[:-1]:
-        inside = (isinstance(raw, dict) and part in raw) or (
-            isinstance(raw, list) and isinstance(part, int) and part < len(raw)
-        )
-        if not inside:
-            return False
-        raw = raw[part]
-    if not isinstance(raw, (dict, list)) or (isinstance(raw, dict) and location[-1] not in raw):
-        return False
-    del raw[location[-1]]
-    return True
+    return task, errors, [*left_out, *said]
 
 
 def _read_layers(path: Path) -> tuple[dict | None, list[tuple[Path, dict]], list[TaskError]]:
@@ -352,14 +349,18 @@ def deep_merge(base: dict, top: dict) -> dict:
 
 
 def axis_label(value: Any) -> str:
-    """A grid value as it appears in cell names: numbers joined by a dash, files by their stems; of a section without a
-    name its plain values."""
+    """A grid value as it appears in cell names, in letters, digits, _, + and - alone: numbers joined by a dash, files by
+    their stems; of a section without a name its plain values."""
     if isinstance(value, dict):
         plain = (str(item) for item in value.values() if not isinstance(item, (dict, list, tuple)))
-        return Path(str(value.get("name") or value.get("id") or "-".join(plain))).stem
+        return _safe(Path(str(value.get("name") or value.get("id") or "-".join(plain))).stem)
     if isinstance(value, (list, tuple)):
         return ("+" if any(isinstance(item, dict) for item in value) else "-").join(axis_label(item) for item in value)
-    return re.sub(r"[^A-Za-z0-9_+-]+", "_", str(value).replace(".", "p"))
+    return _safe(str(value).replace(".", "p"))
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_+-]+", "_", text)
 
 
 def _expand_points(raw: dict) -> None:
@@ -382,6 +383,16 @@ def _check_place(raw: dict, path: Path) -> list[TaskError]:
     if folder in ("desk", "node", "paper") and isinstance(raw.get("tier"), str) and raw["tier"] != folder:
         errors.append(TaskError(path, "tier", raw["tier"], f"{folder} (the folder)"))
     return errors
+
+
+def _check_size(task: Task) -> list[TaskError]:
+    """So many cells that nobody could even list them are a slip of the pen: every check below looks at each of them."""
+    names, points = len(task.arms) + len(task.controls), math.prod(map(len, task.grid.values()))
+    cells = max(1, names) * points * len(task.seeds)
+    if cells <= MAX_CELLS and names <= MAX_NAMES:
+        return []
+    found = f"{names} arms and controls at {points} points, {cells} cells"
+    return [TaskError(task.file, "grid", found, f"at most {MAX_NAMES} arms and controls, {MAX_CELLS} cells")]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import get_args
 from pydantic import BaseModel, ValidationError
 
 from suite.errors import TaskError
+from suite.strict_yaml import number_hint
 
-_NUMBER_AS_TEXT = re.compile(r"^([-+]?)(\d+)(?:\.(\d*))?[eE]([-+]?)(\d+)$")
 _ALLOWED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -32,7 +32,40 @@ def explain(
     """One TaskError per finding. `layers`: (file, its mapping) from the task to the farthest block; the error names
     the file it came from.
     """
-    return [_explain_one(error, raw, model, layers, prefix) for error in problem.errors(include_url=False)]
+    found = [_explain_one(error, raw, model, layers, prefix) for error in problem.errors(include_url=False)]
+    return list({error.key: error for error in found}.values())  # a list that lacks several entries is said once
+
+
+def field_locations(problem: ValidationError) -> list[tuple]:
+    """Every faulty place once; of a list the later entries first, so that taking one out moves no other."""
+    found = {_location(error) for error in problem.errors(include_url=False)}
+    return sorted(found, key=lambda location: [(isinstance(part, str), part) for part in location], reverse=True)
+
+
+def take_out(raw, location: tuple) -> bool:
+    """Delete what stands at a location: the whole list where it lacks the entry. False where there is nothing to take
+    out (a required key is missing)."""
+    if not location:
+        return False
+    *above, last = location
+    inside = raw
+    for part in above:
+        if not _holds(inside, part):
+            return False
+        inside = inside[part]
+    if _holds(inside, last):
+        del inside[last]
+        return True
+    return isinstance(inside, list) and take_out(raw, tuple(above))
+
+
+def _holds(value, part) -> bool:
+    return part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
+
+
+def _location(error: dict) -> tuple:
+    """Where pydantic found it, without its mark for "the key itself": (arms, "a b", [key]) is (arms, "a b")."""
+    return tuple(part for part in error["loc"] if part != "[key]")
 
 
 def origin(layers: list[tuple], location: tuple):
@@ -43,20 +76,19 @@ def origin(layers: list[tuple], location: tuple):
 def _depth(value, location: tuple) -> int:
     depth = 0
     for part in location:
-        if isinstance(value, dict) and part in value:
-            value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        else:
+        if not _holds(value, part):
             break
-        depth += 1
+        value, depth = value[part], depth + 1
     return depth
 
 
 def _explain_one(error: dict, raw: dict, model: type[BaseModel], layers: list[tuple], prefix: str) -> TaskError:
-    location, kind, found = error["loc"], error["type"], error.get("input")
-    key = prefix + ".".join(str(part) for part in location)
-    hint = _number_hint(found)
+    location, kind, found = _location(error), error["type"], error.get("input")
+    key = prefix + ".".join(str(part) for part in location) or "(file)"
+    hint = number_hint(found)
+    if kind == "missing" and isinstance(location[-1], int):
+        where, count = location[:-1], location[-1] + 1  # of the last entry that is missing, since that is the one kept
+        return TaskError(origin(layers, where), key.rpartition(".")[0], found, f"a list of {count} entries")
     if kind == "missing":
         return TaskError(origin(layers, location[:-1]), key, "nothing", _field_text(model, location))
     if kind == "extra_forbidden":
@@ -78,15 +110,6 @@ def _allowed_from(error: dict) -> str:
         size = context.get("min_length", context.get("max_length"))
         return f"{'at least' if kind == 'too_short' else 'at most'} {size} entries"
     return error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-
-
-def _number_hint(found) -> str | None:
-    match = _NUMBER_AS_TEXT.match(found) if isinstance(found, str) else None
-    if match is None:
-        return None
-    sign, whole, fraction, exponent_sign, exponent = match.groups()
-    number = f"{sign}{whole}.{fraction or '0'}e{exponent_sign or '+'}{exponent}"
-    return f"YAML 1.1 reads {found} as text; write {number}"
 
 
 def _models_in(annotation) -> list[type[BaseModel]]:

@@ -7,7 +7,6 @@ pinned yet, a tolerance that is only judgement. No torch.
 
 import math
 import re
-from functools import lru_cache
 from pathlib import Path
 
 from suite.errors import TaskError
@@ -15,8 +14,9 @@ from suite.estimands import estimands_of
 from suite.precision import COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
 from suite.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
 from suite.settings import SECTIONS
-from suite.strict_yaml import TaskErrors, read_yaml
+from suite.strict_yaml import TaskErrors
 from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
+from suite.validate_paper import paper_errors
 from suite.validate_rl import compare_errors, rl_errors
 
 # The contrast that each kind of claim speaks about.
@@ -29,6 +29,7 @@ FORMS = {
     "count": ("arm",),
     "report": ("arm", "ratio", "difference", "order"),
 }
+MAX_CELL_NAME = 200
 ARM_NAME = re.compile(rf"^({'|'.join(DTYPES)})(?:-({'|'.join(FORMATS)}))?(?:-[A-Za-z0-9_-]+)?$")
 
 
@@ -48,10 +49,12 @@ def check(task: Task) -> tuple[list[TaskError], list[str]]:
     errors = _resolution_errors(task)
     if not errors:
         errors += one_factor_errors(task) + _arm_precision_errors(task) + rl_errors(task)
+    needed = needed_tasks(task)
+    known = [f"{need.id}-{arm}" for need in needed for arm in need.arms] if task.protocol == "compare" else _own_names(task)
     if task.protocol == "compare":
-        errors += compare_errors(task, needed_tasks(task))
-    errors += _name_errors(task) + _claim_errors(task) + _control_errors(task) + _needs_errors(task)
-    return errors, _warnings(task)
+        errors += compare_errors(task, needed)
+    errors += _name_errors(task) + _claim_errors(task, known) + _control_errors(task, known) + _needs_errors(task)
+    return errors, _warnings(task, needed)
 
 
 def require_valid(task: Task) -> Task:
@@ -100,6 +103,11 @@ def _resolution_errors(task: Task) -> list[TaskError]:
         except TaskErrors as found:
             return found.errors
         names = [cell.name for cell in cells]
+        for name, cell in zip(names, cells, strict=True):
+            if len(name) > MAX_CELL_NAME:
+                found = f"{name[:60]}... of {len(name)} letters"
+                allowed = f"arm, grid values and seed of at most {MAX_CELL_NAME} letters together: it is a folder's name"
+                errors["grid"] = TaskError(task.file, "grid" if cell.point else f"arms.{cell.arm}", found, allowed)
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
         errors |= _sampling_errors(task, cells) | _adapter_errors(task, cells) | _rounding_errors(task, cells)
@@ -187,7 +195,7 @@ def _arm_precision_errors(task: Task) -> list[TaskError]:
     return errors
 
 
-def _claim_errors(task: Task) -> list[TaskError]:
+def _claim_errors(task: Task, known: list[str]) -> list[TaskError]:
     errors, ids = [], [claim.id for claim in task.claims]
     for claim_id in sorted({name for name in ids if ids.count(name) > 1}):
         errors.append(TaskError(task.file, "claims", f"{claim_id} twice", "each claim id once"))
@@ -195,10 +203,10 @@ def _claim_errors(task: Task) -> list[TaskError]:
         errors.append(TaskError(task.file, f"grade.{name}", name, f"one of the claims: {', '.join(ids)}"))
     for claim in task.claims:
         if claim.paper is not None:
-            errors += _baseline_errors(task, claim)
+            errors += paper_errors(task, claim)
         grade = task.grade.get(claim.id)
         if grade is not None:
-            errors += _grade_errors(task, claim, grade)
+            errors += _grade_errors(task, claim, grade, known)
         elif claim.kind != "report":
             errors.append(
                 TaskError(task.file, f"grade.{claim.id}", "nothing", f"a grade (kind {claim.kind} is graded)")
@@ -206,9 +214,9 @@ def _claim_errors(task: Task) -> list[TaskError]:
     return errors
 
 
-def _grade_errors(task: Task, claim: Claim, grade: Grade) -> list[TaskError]:
+def _grade_errors(task: Task, claim: Claim, grade: Grade, known: list[str]) -> list[TaskError]:
     key = f"grade.{claim.id}"
-    errors = _contrast_errors(task, key, grade.contrast) + _point_errors(task, key, grade.at, whole=True)
+    errors = _contrast_errors(task, key, grade.contrast, known) + _point_errors(task, key, grade.at, whole=True)
     errors += _estimand_errors(task, key, grade.estimand)
     if grade.contrast.form not in FORMS[claim.kind]:
         allowed = f"{' or '.join(FORMS[claim.kind])} (kind {claim.kind})"
@@ -228,12 +236,13 @@ def _grade_errors(task: Task, claim: Claim, grade: Grade) -> list[TaskError]:
     return errors + _accept_errors(task, key, grade.estimand, grade.contrast, grade.accept, grade.reducer)
 
 
-def _contrast_errors(task: Task, key: str, contrast: Contrast) -> list[TaskError]:
+def _contrast_errors(task: Task, key: str, contrast: Contrast, known: list[str]) -> list[TaskError]:
+    """`known`: arms and controls, or of a compare task `<task>-<arm>` of the tasks in `needs`; a missing one of those is
+    reported by itself."""
     forms = [form for form in ("arm", "ratio", "difference", "order") if getattr(contrast, form) is not None]
     if len(forms) != 1:
         found = ", ".join(forms) or "nothing"
         return [TaskError(task.file, f"{key}.contrast", found, "exactly one of arm, ratio, difference, order")]
-    known = _names_of_needed(task) if task.protocol == "compare" else _own_names(task)
     return [
         TaskError(task.file, f"{key}.contrast.{forms[0]}", name, f"an arm or control: {', '.join(known)}")
         for name in contrast.names
@@ -245,14 +254,10 @@ def _own_names(task: Task) -> list[str]:
     return [*arm_names(task), *(control.name for control in task.controls)]
 
 
-def _names_of_needed(task: Task) -> list[str]:
-    """What a compare task may name: `<task>-<arm>` of the tasks in `needs`; a missing task is reported by itself."""
-    return [f"{need.id}-{arm}" for need in needed_tasks(task) for arm in need.arms]
-
-
 def needed_tasks(task: Task) -> list[Task]:
     """The tasks in `needs` as they lie beside this one; a missing or unreadable one is reported elsewhere."""
-    found = [read_task(path)[0] for name, path in _tasks_beside(task).items() if name in task.needs]
+    beside = _tasks_beside(task) if task.needs else {}
+    found = [read_task(path)[0] for name, path in beside.items() if name in task.needs]
     return [need for need in found if need is not None]
 
 
@@ -303,7 +308,7 @@ def _accept_errors(task: Task, key: str, estimand: str, contrast: Contrast, acce
     return []
 
 
-def _control_errors(task: Task) -> list[TaskError]:
+def _control_errors(task: Task, known: list[str]) -> list[TaskError]:
     errors, names = [], [control.name for control in task.controls]
     for control in task.controls:
         key = f"controls.{control.name}"
@@ -315,7 +320,7 @@ def _control_errors(task: Task) -> list[TaskError]:
             errors.append(TaskError(task.file, f"{key}.like", control.like, f"an arm: {', '.join(task.arms)}"))
         else:
             errors += _aa_errors(task, control, key)
-        errors += _contrast_errors(task, key, control.contrast) + _point_errors(task, key, control.at, whole=False)
+        errors += _contrast_errors(task, key, control.contrast, known) + _point_errors(task, key, control.at, whole=False)
         errors += _estimand_errors(task, key, control.estimand)
         reducer = "log_ratio" if control.kind == "null_drift" and task.protocol == "rl" else "mean"
         errors += _accept_errors(task, key, control.estimand, control.contrast, control.accept, reducer)
@@ -346,33 +351,6 @@ def _needs_errors(task: Task) -> list[TaskError]:
     return errors
 
 
-@lru_cache(maxsize=4)
-def _baselines(path: Path, modified_ns: int) -> tuple[object, list[TaskError]]:
-    """The file of the paper's numbers, read once for all claims as long as it does not change."""
-    return read_yaml(path)
-
-
-def _baseline_errors(task: Task, claim: Claim) -> list[TaskError]:
-    """The dotted key must exist in baselines/paper.yaml, and where both give a number it must be the same one."""
-    path = base_folder(task.file).parent.parent / "baselines" / "paper.yaml"
-    value, problems = _baselines(path, path.stat().st_mtime_ns if path.is_file() else 0)
-    if problems:
-        return problems
-    for part in claim.paper.baseline.split("."):
-        if not isinstance(value, dict) or part not in value:
-            here = ", ".join(value) if isinstance(value, dict) else value
-            allowed = f"a key in baselines/paper.yaml; at this place: {here}"
-            return [TaskError(task.file, f"claims.{claim.id}.paper.baseline", claim.paper.baseline, allowed)]
-        value = value[part]
-    value = value.get("value") if isinstance(value, dict) else value
-    numbers = (value, claim.paper.value)
-    if all(isinstance(number, (int, float)) for number in numbers) and not math.isclose(*numbers):
-        return [
-            TaskError(task.file, f"claims.{claim.id}.paper.value", claim.paper.value, f"{value} (baselines/paper.yaml)")
-        ]
-    return []
-
-
 def unpinned_inputs(task: Task) -> list[str]:
     """Dotted paths of revisions and hashes that are still written `unknown`: they cap every verdict of the task."""
     found = set()
@@ -394,10 +372,10 @@ def _unknown(value, path: str = "") -> list[str]:
     return [path] if value == "unknown" and path.rsplit(".", 1)[-1] in ("revision", "sha256") else []
 
 
-def _warnings(task: Task) -> list[str]:
+def _warnings(task: Task, needed: list[Task]) -> list[str]:
     warnings = [
         f"{task.file}: {path}: unknown; verdicts are capped at INCONCLUSIVE until it is pinned"
-        for path in [*unpinned_inputs(task), *(f"{need.id}: {p}" for need in needed_tasks(task) for p in unpinned_inputs(need))]
+        for path in [*unpinned_inputs(task), *(f"{need.id}: {p}" for need in needed for p in unpinned_inputs(need))]
     ]
     for name, grade in task.grade.items():
         key, seeds = f"{task.file}: grade.{name}", len(task.seeds)

@@ -10,31 +10,51 @@ import sys
 import tempfile
 from pathlib import Path
 
-from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, UserError
+from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, TaskError, UserError
 from suite.plan import Cell, plan
 from suite.strict_yaml import TaskErrors
-from suite.task import Task, find_repo, load_all, load_task, task_files
+from suite.task import Task, find_repo, load_readable, load_task, task_files
 from suite.validate import require_valid, validate_file
 
 
 def list_tasks(args) -> int:
     from suite import show as rendering
 
-    tasks = [task for task in load_all().values() if args.tier in (None, task.tier)]
+    tasks, errors = _readable()
+    tasks = [task for task in tasks.values() if args.tier in (None, task.tier)]
     if args.json:
         print(json.dumps([rendering.summary(task) for task in tasks], indent=1))
     else:
         rendering.print_list(tasks)
-    return 0 if tasks else EXIT_NOTHING
+    return _with_errors(errors, 0 if tasks else EXIT_NOTHING)
+
+
+def _readable() -> tuple[dict[str, Task], list[TaskError]]:
+    """The tasks of the checkout whose cells can be told, and what is wrong with the others."""
+    tasks, errors = load_readable()
+    for name, task in list(tasks.items()):
+        try:
+            plan(task)
+        except TaskErrors as found:
+            errors += found.errors
+            del tasks[name]
+    return tasks, errors
+
+
+def _with_errors(errors: list[TaskError], code: int) -> int:
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return EXIT_USAGE if errors else code
 
 
 def show_one(args) -> int:
     from suite import show as rendering
 
     if rendering.is_claim(args.name):
-        rendering.print_claim(args.name.split("-")[0].upper(), load_all(), find_repo())
-    else:
-        rendering.print_task(load_task(args.name))
+        tasks, errors = _readable()
+        rendering.print_claim(args.name.split("-")[0].upper(), tasks, find_repo())
+        return _with_errors(errors, 0)
+    rendering.print_task(load_task(args.name))
     return 0
 
 
@@ -47,8 +67,7 @@ def validate(args) -> int:
         warnings += remarks
     for remark in warnings:
         print(f"warning: {remark}")
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+    _with_errors(errors, 0)
     print(f"{len(names)} task files: {len(errors)} errors, {len(warnings)} warnings")
     return EXIT_USAGE if errors else 0 if names else EXIT_NOTHING
 

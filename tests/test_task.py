@@ -8,8 +8,8 @@ import yaml
 from pydantic import ValidationError
 
 from suite.errors import TaskError, UserError
-from suite.strict_yaml import TaskErrors, parse_yaml
-from suite.task import axis_label, deep_merge, find_repo, json_schema, load_all, load_task
+from suite.strict_yaml import TaskErrors, parse_yaml, read_yaml
+from suite.task import axis_label, deep_merge, find_repo, json_schema, load_all, load_task, read_task
 from suite.validate import check, contrast_range, require_valid, validate_file
 
 REPO = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ BROKEN = {
     "a fraction for a count": (("max_tokens: 64", "max_tokens: 64.5"), "rollout.max_tokens", "a whole number"),
     "a boolean for a number": (("version: 1\n", "version: true\n"), "version", "a whole number"),
     "yes for true": (("cpu_ok: true", "cpu_ok: yes"), "resources.cpu_ok", "true or false"),
-    "octal digits": (("max_tokens: 64", "max_tokens: 064"), "rollout.max_tokens", "a whole number"),
+    "octal digits": (("max_tokens: 64", "max_tokens: 064"), "rollout.max_tokens", "a number"),
     "1e-6 as text": (("temperature: 1.0", "temperature: 1e-6"), "rollout.temperature", "write 1.0e-6"),
     "1.5E3 as text": (("temperature: 1.0", "temperature: 1.5E3"), "rollout.temperature", "write 1.5e+3"),
     "not a number": (("temperature: 1.0", "temperature: .nan"), "rollout.temperature", "a finite number"),
@@ -142,6 +142,49 @@ BROKEN = {
     "accept meets nothing": (("accept: [16, 128]", "accept: [-9, -1]"), "grade.C1-k3.accept", "some outcome can meet"),
     "accept upside down": (("accept: [16, 128]", "accept: [128, 16]"), "grade.C1-k3.accept", "low <= high"),
     "accept of three": (("accept: [16, 128]", "accept: [16, 32, 128]"), "grade.C1-k3.accept", "2"),
+    "accept of one": (("accept: [16, 128]", "accept: [16]"), "grade.C1-k3.accept", "a list of 2 entries"),
+    "accept of none": (("accept: [16, 128]", "accept: []"), "grade.C1-k3.accept", "a list of 2 entries"),
+    "accept with text in it": (("accept: [16, 128]", "accept: ['16', 128]"), "grade.C1-k3.accept.0", "a number"),
+    "accept with 1e-9 in it": (("accept: [16, 128]", "accept: [1e-9, 128]"), "grade.C1-k3.accept.0", "write 1.0e-9"),
+    "a pair in a control": (("accept: [0.5, 2.0]", "accept: [0.5, 1e-9]"), "controls.0.accept.1", "write 1.0e-9"),
+    "a ratio of a number": (("{ratio: [bf16, fp16]}", "{ratio: [1, fp16]}"), "grade.C1-k3.contrast.ratio.0", "text"),
+    "a difference of one": (("{ratio: [bf16, fp16]}", "{difference: [bf16]}"), "grade.C1-k3.contrast.difference", "2 entries"),
+    "text in a grid value": (("[[4, 24], [60", "[['4', 24], [60"), "arms.bf16.data.num_terms.0", "a whole number"),
+    "a grid value cut short": (("[[4, 24], [60", "[[4], [60"), "arms.bf16.data.num_terms", "a list of 2 entries"),
+    "6.5e1 in paper.value": (("value: 64", "value: 6.5e1"), "claims.0.paper.value", "write 6.5e+1"),
+    "64 in quotes in paper.value": (("value: 64", "value: '64'"), "claims.C1-k3.paper.value", "without quotes"),
+    "a list of them": (("value: 64", "value: [64, '1e-9']"), "claims.C1-k3.paper.value", "without quotes"),
+    "true in paper.value": (("value: 64", "value: true"), "claims.C1-k3.paper.value", "64 (baselines/paper.yaml)"),
+    "yes in paper.value": (("value: 64", "value: yes"), "claims.0.paper.value", "true or false"),
+    "1_000 in a title": (("title: A task for tests", "title: 1_000"), "title", "as text: '1_000'"),
+    "a sexagesimal number": (("title: A task for tests", "title: 1:30"), "title", "a number"),
+    "hexadecimal digits": (("max_tokens: 64", "max_tokens: 0x40"), "rollout.max_tokens", "a number"),
+    "an infinite number": (("value: 64", "value: .inf"), "claims.0.paper.value", "a finite number"),
+    "a number that overflows": (("value: 64", "value: 1.0e+999"), "claims.0.paper.value", "a finite number"),
+    "an integer of 65 bits": (("version: 1\n", "version: 18446744073709551616\n"), "version", "at most 63 bits"),
+    "a lone surrogate": (("title: A task for tests", 'title: "\\ud800"'), "(line", "one well-formed YAML document"),
+    "an escape code of a terminal": (("title: A task for tests", 'title: "\\e[31m"'), "title", "control characters"),
+    "a key with a control character": (("vary:", '"va\\0ry": 1\nvary:'), "va\\x00ry", "control characters"),
+    "an arm that is a path": (("  bf16: {prec", "  ../../x: {prec"), "arms.../../x", "text that matches"),
+    "an arm with markup": (("  bf16: {prec", "  '[/red]': {prec"), "arms.[/red]", "text that matches"),
+    "an arm of 81 letters": (("  bf16: {prec", f"  bf16-{'x' * 76}: {{prec"), "arms.bf16-x", "at most 80"),
+    "an axis that is a path": (("  data.num_terms: [[4", "  ../num_terms: [[4"), "grid.../num_terms", "text that matches"),
+    "vary with markup": (("vary: [precision]", "vary: ['[/red]']"), "vary.0", "text that matches"),
+    "a data file that is a path": (
+        ("template: desk}", "template: desk, files: [{name: ../x.parquet, sha256: unknown}]}"),
+        "data.files.0.name",
+        "text that matches",
+    ),
+    "more cells than anybody could list": (
+        ("seeds: [0, 1, 2]", f"seeds: {list(range(2000))}"),
+        "grid",
+        "at most 100 arms and controls, 5000 cells",
+    ),
+    "a cell name too long for a folder": (
+        ("  data.num_terms: [[4, 24]", f"  data.revision: [{'r' * 250}]\n  data.num_terms: [[4, 24]"),
+        "grid",
+        "at most 200 letters",
+    ),
     "no grade": (("  C1-k3:\n    estimand", "  C1-k4:\n    estimand"), "grade.C1-k3", "kind ratio is graded"),
     "no tolerance": (
         ("    tolerance: {level: P4, derivation: theory, date: 2026-01-01}\n", ""),
@@ -351,6 +394,33 @@ def test_grid_labels_stand_for_grid_values(checkout):
     assert load_task(checkout()).grade["C1-k3"].at == {"data.num_terms": [4, 24]}
     assert axis_label([60, 120]) == "60-120" and axis_label(8192) == "8192" and axis_label(0.5) == "0p5"
     assert axis_label([{"name": "amc.parquet"}, {"name": "aime.parquet"}]) == "amc+aime"
+    assert axis_label({"name": "../[/red] x.parquet"}) == "red_x" and axis_label("../../x") == "pp_pp_x"
+
+
+def test_names_of_a_task_that_runs_no_engine_are_checked_as_well(checkout):
+    """`dataset` takes arms of any name: they are folders all the same."""
+    text = GOOD.replace("offline_mismatch", "dataset").replace("arms:\n", "arms:\n  ../../../../../../x: {}\n")
+    (error, *_) = [error for error in errors_of(checkout(text=text)) if error.key.startswith("arms.")]
+    assert (error.key, error.found) == ("arms.../../../../../../x", "../../../../../../x")
+
+
+def test_the_tasks_that_a_comparison_needs_are_read_once_each(checkout, monkeypatch):
+    reads = []
+    monkeypatch.setattr("suite.validate.read_task", lambda path: reads.append(path.stem) or read_task(path))
+    checkout()
+    claims = "".join(f"  - {{id: C1-{i}, about: C1, statement: s, kind: report}}\n" for i in range(9))
+    grades = "".join(f"  C1-{i}: {{estimand: k3_nats_per_token, contrast: {{arm: tiny-bf16}}}}\n" for i in range(9))
+    head = "schema: 1\nid: both\nversion: 1\ngrade_version: 1\ntier: desk\ntitle: t\nprotocol: compare\nneeds: [tiny]\nseeds: [0]\n"
+    last = "resources: {gpus: 0, gpu_mem_gib: 0, disk_gib: 1, cpu_ok: true}\n"
+    path = checkout(text=f"{head}claims:\n{claims}grade:\n{grades}{last}", name="both")
+    assert errors_of(path) == [] and reads == ["both", "tiny"]
+
+
+def test_a_file_that_changed_is_read_again_and_nobody_can_spoil_what_was_read(checkout):
+    first, _ = read_yaml(checkout())
+    first["rollout"]["max_tokens"] = 1
+    assert read_yaml(checkout())[0]["rollout"]["max_tokens"] == 64
+    assert read_yaml(checkout(("max_tokens: 64", "max_tokens: 65")))[0]["rollout"]["max_tokens"] == 65
 
 
 def test_deep_merge_leaves_its_arguments_alone():

@@ -1,0 +1,149 @@
+"""Task files that somebody or something spoilt: each still is a task, or is refused with file, key and what is allowed.
+Never a traceback, never a wait.
+
+Mutations are drawn from a fixed seed; SUITE_MUTATIONS=300 makes as many as an independent check wants (default 40).
+"""
+
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from suite.cli import main
+from suite.plan import plan
+from suite.show import print_task, summary
+from suite.task import read_task
+from suite.validate import validate_file
+
+REPO = Path(__file__).resolve().parents[1]
+NUM = int(os.environ.get("SUITE_MUTATIONS", 40))
+SECONDS = 20.0  # for one file, on a slow machine that does other things as well; half a second is usual
+NASTY = [
+    None, True, 0, -1, 3, 2**63, 10**40, 0.5, -0.0, 1e308, float("inf"), float("nan"), "", "64", "1e-9", "6.5e1", "yes", "~",
+    "../../../x", "/etc/passwd", "[/red]", "a b", "x" * 300, "\ud800", "\x00", "\x1b[31m", "é" * 90, "4-24", "unknown", "null",
+    [], [1], [1, 2, 3], ["4", 24], [None, None], [[[]]], {}, {"a": 1}, {"../x": {}}, {"": 1}, {"precision": {"train": "bf16"}},
+]  # fmt: skip
+WORDS = ["1e-9", "6.5e1", "'64'", "yes", "-", "[", "}", "&a x", "*a", "!!python/name:os.system", "? x", "2026-13-40", "0x10", ".inf"]
+
+
+def places(value, at=()):
+    """Every (path, value) of a tree."""
+    yield at, value
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from places(part, (*at, key))
+
+
+def in_the_tree(draw: random.Random, text: str) -> bytes:
+    """One to three values replaced, left out, renamed, given twice or cut short; written as JSON, which is YAML."""
+    tree = yaml.safe_load(text)
+    for _ in range(draw.randint(1, 3)):
+        *above, last = draw.choice([at for at, _ in places(tree) if at])
+        holder = tree
+        for part in above:
+            holder = holder[part]
+        match draw.choice(["replace", "replace", "replace", "leave out", "rename", "twice", "shorten"]):
+            case "leave out":
+                del holder[last]
+            case "rename" if isinstance(holder, dict):
+                holder[draw.choice(["x", "../x", "a b", "[/red]", "y" * 300, "1", last + "s"])] = holder.pop(last)
+            case "twice" if isinstance(holder, list):
+                holder.insert(draw.randint(0, len(holder)), holder[last])
+            case "shorten" if isinstance(holder[last], list) and holder[last]:
+                del holder[last][draw.randrange(len(holder[last]))]
+            case _:
+                holder[last] = draw.choice(NASTY)
+    return json.dumps(tree, default=str).encode()
+
+
+def in_the_text(draw: random.Random, text: str) -> bytes:
+    """Lines left out, given twice or moved, words replaced, bytes flipped, the end cut off."""
+    lines = text.splitlines(keepends=True)
+    where = draw.randrange(len(lines))
+    match draw.choice(["line out", "line twice", "indent", "word", "word", "flip", "flip", "cut"]):
+        case "line out":
+            del lines[where]
+        case "line twice":
+            lines.insert(draw.randrange(len(lines)), lines[where])
+        case "indent":
+            lines[where] = draw.choice([" ", "   ", "\t"]) + lines[where]
+        case "word":
+            words = lines[where].split(" ")
+            words[draw.randrange(len(words))] = draw.choice(WORDS)
+            lines[where] = " ".join(words).rstrip("\n") + "\n"
+        case "cut":
+            return text.encode()[: draw.randrange(len(text))]
+        case "flip":
+            data = bytearray(text.encode())
+            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            return bytes(data)
+    return "".join(lines).encode()
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A checkout of task files and the paper's numbers, in which one stands."""
+    shutil.copytree(REPO / "tasks", tmp_path / "tasks")
+    (tmp_path / "baselines").mkdir()
+    shutil.copy(REPO / "baselines" / "paper.yaml", tmp_path / "baselines")
+    (tmp_path / "pyproject.toml").write_text('name = "fp16-mismatch-suite"\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def outcome(path: Path) -> str:
+    """`valid`, or `refused`; anything else is raised."""
+    started = time.monotonic()
+    errors, _ = validate_file(path)
+    assert all(error.file and error.key and error.allowed and str(error).encode() for error in errors)
+    task, found, _ = read_task(path)
+    if task is not None and not found:
+        try:
+            print_task(task), plan(task), json.dumps(summary(task))
+        except Exception as problem:
+            assert errors and type(problem).__name__ == "TaskErrors", problem
+    assert time.monotonic() - started < SECONDS
+    return "refused" if errors else "valid"
+
+
+@pytest.mark.parametrize("how", [in_the_tree, in_the_text])
+def test_a_mutated_task_file_is_valid_or_refused_with_its_key(tree, how, capsys):
+    draw, found = random.Random(20261125), {"valid": 0, "refused": 0}
+    files = [path for path in sorted(tree.glob("tasks/*/*.yaml")) if path.parent.name != "_base"]
+    for _ in range(NUM // 2):
+        path = draw.choice(files)
+        intact = path.read_bytes()
+        path.write_bytes(how(draw, intact.decode()))
+        try:
+            found[outcome(path)] += 1
+        except Exception as problem:
+            raise AssertionError(f"{path.name}: {path.read_bytes()!r}") from problem
+        finally:
+            path.write_bytes(intact)
+    print(how.__name__, found)
+    assert found["refused"] > found["valid"] > 0 or NUM < 40, found
+
+
+@pytest.mark.parametrize("block", ["paper-sanity-verl", "desk-sanity", "bf16-fp16"])
+def test_a_mutated_block_is_refused_where_it_is_used(tree, block, capsys):
+    draw, path = random.Random(7), tree / "tasks" / "_base" / f"{block}.yaml"
+    users = [file for file in sorted(tree.glob("tasks/*/*.yaml")) if block in file.read_text().split("extends: ")[-1].split("]")[0]]
+    intact = path.read_text()
+    for how in (in_the_tree, in_the_text) * max(1, NUM // 40):
+        path.write_bytes(how(draw, intact))
+        outcome(users[0])
+
+
+def test_one_bad_file_hides_no_other_task(tree, capsys):
+    path = tree / "tasks" / "desk" / "desk-offline-mismatch.yaml"
+    path.write_text(path.read_text().replace("accept: [16, 128]", "accept: [16]"))
+    for arguments, shown in ((["list"], "desk-sanity-grpo"), (["show", "C5"], "sanity-data"), (["list", "--json"], "[")):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert shown in out and "accept: found [16], allowed: a list of 2 entries" in err and "Traceback" not in err
+    assert main(["validate", "sanity-data"]) == 0 and main(["show", "sanity-data"]) == 0
