@@ -2,18 +2,22 @@
 else.
 
 Exit codes: 0 PASS or success, 1 FAIL (or a difference found), 2 bad usage or task file, 10 INCONCLUSIVE, 11 ERROR, 12
-NOT_RUN, 13 INVALID, 14 nothing selected or recorded yet, 130 interrupted, 141 nobody reads the output. The last line of
+NOT_RUN, 13 INVALID, 14 nothing selected or recorded yet, 130 interrupted (143 by SIGTERM, 129 by SIGHUP), 141 nobody
+reads the output. The last line of
 `reproduce` is the VERDICT line, except on exit 2. What each verb does is in verbs.py.
 """
 
 import argparse
+import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
 
-from suite.errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_NOT_RUN, EXIT_USAGE, NotRunnable, UserError, WorkersFailed
+from suite import signals
+from suite.errors import EXIT_BROKEN_PIPE, EXIT_ERROR, EXIT_NOT_RUN, EXIT_USAGE, NotRunnable, UserError, WorkersFailed
 
 WORKER_CODES = {EXIT_USAGE: (EXIT_USAGE, None), EXIT_NOT_RUN: (EXIT_NOT_RUN, "NOT_RUN")}  # others are errors
 # What a full disk, a read-only folder and a missing right look like.
@@ -34,33 +38,73 @@ def main(argv: list[str] | None = None) -> int:
     exits 11.
     """
     args = build_parser().parse_args(argv)
-    try:
-        return _call(args)
-    except UserError as problem:
-        _say(f"suite {args.verb}: {problem}")
-        return _end(args, EXIT_USAGE)
-    except NotRunnable as problem:
-        _say(f"suite {args.verb}: NOT_RUN: {problem}")
-        return _end(args, EXIT_NOT_RUN, "NOT_RUN")
-    except WorkersFailed as problem:
-        _say(f"suite {args.verb}: {problem}")
-        return _end(args, *WORKER_CODES.get(problem.code, (EXIT_ERROR, "ERROR")))
-    except BrokenPipeError:
+    with signals.listening():
+        try:
+            code = _call(args)
+            sys.stdout.flush()  # here, where a reader that has gone is told from an error
+            return code
+        except BaseException as problem:
+            return _ended_by(args, problem)
+
+
+def _ended_by(args: argparse.Namespace, problem: BaseException) -> int:
+    """Say what ended the verb, and give its exit code."""
+    number = signals.heard() or (signal.SIGINT if isinstance(problem, KeyboardInterrupt) else None)
+    if number is not None:  # whatever a library made of it
+        _say(f"suite {args.verb}: interrupted; the same command, without --fresh, goes on from here")
+        return _end(args, 128 + number, "ERROR")
+    left = isinstance(problem, SystemExit) and isinstance(problem.__context__, BrokenPipeError)  # so rich puts it
+    if left or isinstance(problem, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as `head` has gone
         return EXIT_BROKEN_PIPE
-    except OSError as problem:
-        if problem.errno not in _WRITE_ERRORS:
-            traceback.print_exc()
-        else:
-            name = problem.filename or "a file"
-            _say(f"suite {args.verb}: cannot use {name}: {problem.strerror}; what was recorded before is intact")
-        return _end(args, EXIT_ERROR, "ERROR")
-    except KeyboardInterrupt:
-        _say(f"suite {args.verb}: interrupted; the same command, without --fresh, goes on from here")
-        return _end(args, EXIT_INTERRUPTED, "ERROR")
-    except Exception:
-        traceback.print_exc()
-        return _end(args, EXIT_ERROR, "ERROR")
+    if isinstance(problem, UserError):
+        _say(f"suite {args.verb}: {problem}")
+        return _end(args, EXIT_USAGE)
+    if isinstance(problem, NotRunnable):
+        _say(f"suite {args.verb}: NOT_RUN: {problem}")
+        return _end(args, EXIT_NOT_RUN, "NOT_RUN")
+    if isinstance(problem, WorkersFailed):
+        _say(f"suite {args.verb}: {problem}")
+        return _end(args, *WORKER_CODES.get(problem.code, (EXIT_ERROR, "ERROR")))
+    if not isinstance(problem, Exception):
+        raise problem
+    if words := _of_a_disk(problem):
+        _say(f"suite {args.verb}: {words}")
+    else:
+        traceback.print_exception(problem)
+    return _end(args, EXIT_ERROR, "ERROR")
+
+
+def _of_a_disk(problem: Exception) -> str | None:
+    """What to say of a disk that is full or read-only, a missing right, or a folder that went away; None of other errors,
+    whose traceback is wanted."""
+    if not isinstance(problem, OSError):
+        return None
+    notes = "".join(f"; {note}" for note in getattr(problem, "__notes__", ()))
+    if problem.errno == errno.ENOENT and problem.filename and not Path(problem.filename).parent.exists():
+        return f"cannot use {problem.filename}: its folder has gone{notes}"
+    if problem.errno not in _WRITE_ERRORS:
+        return None
+    if problem.filename is None:
+        traceback.print_exception(problem)  # where, since nothing says what
+        return f"cannot use a file: {problem.strerror}; {_scratch_folders()}; what was recorded before is intact{notes}"
+    return f"cannot use {problem.filename}: {problem.strerror}; what was recorded before is intact{notes}"
+
+
+def _scratch_folders() -> str:
+    """The places that libraries write to without saying so, with the room they have left."""
+    import tempfile
+
+    found = []
+    for folder in ("/dev/shm", tempfile.gettempdir()):
+        try:
+            about = os.statvfs(folder)
+        except OSError as problem:
+            found.append(f"{folder}: {problem.strerror}")
+            continue
+        room = "read-only" if about.f_flag & os.ST_RDONLY else f"{about.f_bavail * about.f_frsize / 2**20:.0f} MiB free"
+        found.append(f"{folder}: {room}")
+    return ", ".join(found)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -172,6 +216,10 @@ def _run_flags(verb: argparse.ArgumentParser) -> None:
 def _call(args: argparse.Namespace) -> int:
     from suite.verbs import VERBS
 
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder no longer exists; change into a checkout and call again") from None
     return VERBS[args.verb](args)
 
 
@@ -180,12 +228,14 @@ def _end(args: argparse.Namespace, code: int, verdict: str | None = None) -> int
     if args.verb == "reproduce" and verdict is not None:
         from suite.verbs import line_without_grading
 
-        print(line_without_grading(args.task, verdict), flush=True)
+        with contextlib.suppress(OSError):
+            print(line_without_grading(args.task, verdict), flush=True)
     return code
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # after SIGHUP there is no terminal any more
+        print(message, file=sys.stderr, flush=True)
 
 
 def _version() -> str:

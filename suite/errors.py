@@ -1,8 +1,8 @@
 """Exit codes, and errors a user can act on. The command line prints them without a traceback; everything else is a bug and is shown whole."""
 
 
-# 0 is PASS or success, 1 FAIL or a difference found, 10 INCONCLUSIVE, 13 INVALID.
-EXIT_USAGE, EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING, EXIT_INTERRUPTED = 2, 11, 12, 14, 130
+# 0 is PASS or success, 1 FAIL or a difference found, 10 INCONCLUSIVE, 13 INVALID, 128 + n ended by signal n.
+EXIT_USAGE, EXIT_ERROR, EXIT_NOT_RUN, EXIT_NOTHING = 2, 11, 12, 14
 EXIT_BROKEN_PIPE = 141
 
 

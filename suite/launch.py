@@ -18,9 +18,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from suite import signals
 from suite.errors import EXIT_ERROR, UserError, WorkersFailed
 from suite.plan import Cell, canonical_json
 
@@ -102,8 +104,9 @@ def run_workers(blocks: list[list[Cell]], where: list[Place], arguments: list[st
                 workers.append(Worker(process, group))
                 readers[-1].start()
         failed = _wait(workers)
-    finally:
-        _end([worker.process for worker in workers], GRACE_SECONDS)
+    finally:  # a terminal tells the workers of Ctrl-C as well; who sends another signal tells this process alone
+        told_all = signals.heard() in (None, signal.SIGINT)
+        _end([worker.process for worker in workers], GRACE_SECONDS if told_all else 0)
         for reader in readers:
             reader.join()
     if failed:
@@ -151,14 +154,16 @@ def _settle(cores: frozenset[int] | None, parent: int) -> None:
 
 
 def _end(workers: list[subprocess.Popen], seconds: float) -> None:
-    """Wait for these to end by themselves, then end them: a terminal hands an interrupt to the workers as well."""
+    """Wait for these to end by themselves, then tell them all to, and wait until they have."""
     deadline = time.monotonic() + seconds
     for worker in workers:
-        try:
+        with suppress(subprocess.TimeoutExpired):
             worker.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    for worker in workers:
+        if worker.poll() is None:
             worker.terminate()
-            worker.wait()
+    for worker in workers:
+        worker.wait()
 
 
 def _pass_on(number: int, lines) -> None:

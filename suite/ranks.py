@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -89,6 +87,5 @@ def join() -> Ranks:
         return Ranks()
     from torch.distributed import ProcessGroupGloo, TCPStore
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # told by the launcher: leave a record of it
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0, timeout=PATIENCE)
     return Ranks(rank, size, ProcessGroupGloo(store, rank, size, PATIENCE))

@@ -17,6 +17,7 @@ from suite import record
 from suite.mismatch import estimates, prompt_sums
 from suite.plan import plan
 from suite.task import load_task
+from suite.writer import open_run
 
 FINGERPRINT = "cpu-test_none-0_torch-0"
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8, "fp32": 2.0**-20}
@@ -107,7 +108,7 @@ def make_runs(
 
 
 def _make_run(runs_root: Path, task, cell, environment: dict, fresh: bool, noise: dict):
-    writer = record.open_run(runs_root, task, cell, environment, FINGERPRINT, fresh=fresh)
+    writer = open_run(runs_root, task, cell, environment, FINGERPRINT, fresh=fresh)
     if isinstance(writer, record.Run):
         return writer
     pair = cell.get("precision.rollout"), cell.get("precision.train")
@@ -122,3 +123,17 @@ def _make_run(runs_root: Path, task, cell, environment: dict, fresh: bool, noise
     }
     executed = executed_as(cell.settings["precision"])
     return writer.finish("success", summary=sums, counts=counts, series_summary=now, precision_executed=executed)
+
+
+def rewrite_record(path: Path, **changes) -> None:
+    """Another record.json in a run folder, with the hashes that the writer would give it."""
+    record.write_json(path, sealed_record(path, changes))
+    if record.read_record(path.parent)[0]["status"] in record.FINISHED:
+        record.write_manifest(path.parent, besides=record.BESIDES)
+    else:
+        (path.parent / record.MANIFEST).unlink(missing_ok=True)
+
+
+def sealed_record(path: Path, changes: dict) -> dict:
+    content = record.read_record(path.parent)[0] | changes
+    return content | {record.SEAL: record.record_seal(content)}

@@ -14,6 +14,7 @@ from suite import cli
 from suite.errors import UserError, WorkersFailed
 from suite.launch import Place, deal, places, run_workers
 from suite.plan import Cell, plan
+from suite.record import read_metrics
 from suite.task import load_task
 
 REPO = Path(__file__).resolve().parents[1]
@@ -176,7 +177,7 @@ def records(folder: Path) -> dict[str, dict]:
 
 
 def series(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for path in sorted(folder.glob("two-cells/*/*/metrics.jsonl")) for line in path.open()]
+    rows = [row for path in sorted(folder.glob("two-cells/*/*/metrics.jsonl")) for row in read_metrics(path.parent)]
     return [{key: value for key, value in row.items() if not key.startswith("t_")} for row in rows]
 
 

@@ -15,7 +15,8 @@ from suite.estimands import ESTIMANDS as MISMATCH_ESTIMANDS
 from suite.plan import plan
 from suite.protocols import Session
 from suite.protocols.dataset import find_tokenizer, measure_dataset, run
-from suite.record import open_run, read_run
+from suite.record import read_metrics, read_run
+from suite.writer import open_run
 from suite.task import find_repo, load_task
 from suite.validate import check
 
@@ -113,7 +114,7 @@ def test_a_run_writes_one_row_and_is_not_repeated(cell, tmp_path):
     seen = []
     run([cell], session_of(cell, tmp_path / "runs", seen=seen))
     folder = next((tmp_path / "runs").rglob("record.json")).parent
-    (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (row,) = read_metrics(folder)
     assert row == {"step": 0, **COUNTS}
     finished = read_run(folder)
     assert finished.status == "success" and finished.record["counts"]["num_prompts"] == 3

@@ -21,7 +21,8 @@ from suite.ranks import PeerLost, Ranks, ReplicaError, join  # noqa: E402
 from suite.trainers import load_trainer  # noqa: E402
 from small_models import OPTIMIZER, TRAIN, write_model  # noqa: E402
 from test_dense_trainer import FP16, FP32, minibatch, sequences  # noqa: E402
-from suite.record import SilentWriter, open_run  # noqa: E402
+from suite.record import read_metrics  # noqa: E402
+from suite.writer import SilentWriter, open_run  # noqa: E402
 from test_record import OneTask  # noqa: E402
 from test_launch import ON_CPU, REPO, finish, needs_two_cores  # noqa: E402
 
@@ -219,7 +220,7 @@ def start(tmp_path: Path, ranks: int, engine: str = "hf", *flags: str, **more) -
 
 def run_of(tmp_path: Path, ranks: int, arm: str) -> tuple[dict, list[dict]]:
     (path,) = (tmp_path / f"runs{ranks}" / "together").glob(f"{arm}.s0/*/record.json")
-    rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(path.parent)
     return json.loads(path.read_text()), [{k: v for k, v in row.items() if not k.startswith("t_")} for row in rows]
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from suite import files, signals
 from suite.errors import NotRunnable, UserError
-from suite.record import (
-    EVIDENCE_SCHEMA, Run, check_manifest, find_runs, open_run, read_evidence, read_metrics, read_run, write_json,
-)  # fmt: skip
+from suite.files import write_json
+from suite.manifest import check_manifest, write_manifest
+from suite.record import BESIDES, EVIDENCE_SCHEMA, Run, find_runs, read_evidence, read_metrics, read_run
+from suite.writer import failure, open_run
 
 
 @dataclass(frozen=True)
@@ -222,3 +226,226 @@ def test_kill_nine_at_any_moment_loses_at_most_the_part_in_flight(tmp_path):
         assert writer.parts_done in (reported, reported + 1)
         assert read_evidence(writer.folder)["step"].to_pylist() == list(range(writer.parts_done))
         writer.close()
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, place: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def half_done(root, num: int = 3) -> Path:
+    writer = begin(root)
+    for step in range(num):
+        writer.append({"step": step, "k3": 1e-5 * step}, part(step))
+    writer.note_executed({"compute": "bf16"})
+    writer.close()
+    return writer.folder
+
+
+def complete(root) -> Run:
+    """Resume, or start, a run of four parts, and end it."""
+    writer = begin(root)
+    for step in range(writer.parts_done, 4):
+        writer.append({"step": step, "k3": 1e-5 * step}, part(step))
+    writer.note_executed({"compute": "bf16"})
+    sums = read_evidence(writer.folder)["step"].to_numpy()
+    return writer.finish("success", summary={"sum_step": sums}, series_summary={"k3": sum(row["k3"] for row in writer.metrics)})
+
+
+def outcome(run: Run) -> tuple:
+    content = {name: run.record[name] for name in ("status", "precision_executed", "precision_asked", "series_summary", "cell")}
+    return content, run.metrics, run.summary["sum_step"].tolist(), read_evidence(run.folder).to_pylist()
+
+
+FILES = ("metrics.jsonl", "evidence/part-00001.parquet", "record.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_a_half_done_run_never_changes_its_outcome(tmp_path, name):
+    """A fixed sample of places in each file: the run ends as the one that nobody touched, and says what it made again."""
+    whole, draw = outcome(complete(tmp_path / "whole")), random.Random(name)
+    half_done(tmp_path / "half")
+    for attempt in range(12):
+        root = tmp_path / str(attempt)
+        shutil.copytree(tmp_path / "half", root)
+        path = root / "t" / "bf16.s0" / "0123456789ab" / name
+        before = path.read_bytes()
+        flip(path, draw.randrange(10**6), draw.randrange(8))
+        run = complete(root)
+        assert outcome(run) == whole, path.read_bytes()
+        same = name == "record.json" and json_of(before) == json_of(path.read_bytes())
+        assert "recovered" in run.record or same
+        assert check_manifest(run.folder, BESIDES) == []
+
+
+def json_of(data: bytes):
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize(("damage", "kept", "said"), [
+    (lambda folder: flip(folder / "evidence" / "part-00001.parquet", 40), 1,
+     "evidence/part-00001.parquet: its content does not have the recorded hash, made again from here on"),
+    (lambda folder: (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes().replace(b"2e-05", b"3e-05")), 2,
+     "metrics.jsonl: line 3: found a line that its hash does not fit"),
+    (lambda folder: (folder / "metrics.jsonl").write_bytes(b"".join((folder / "metrics.jsonl").read_bytes().splitlines(True)[1:])), 0,
+     "metrics.jsonl: line 1: found a line that its hash does not fit"),
+    (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n'), 0, "metrics.jsonl: lines without their hash"),
+    (lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\n" * 3), 0, "metrics.jsonl: line 1: found UnicodeDecodeError"),
+    (lambda folder: (folder / "record.json").write_text("[]"), 0, "record.json: found list []"),
+    (lambda folder: (folder / "record.json").write_text((folder / "record.json").read_text().replace('"bf16"', '"bf17"')), 0,
+     "record.json: record_sha256: found a hash that the record does not fit"),
+    (lambda folder: (folder / "record.json").unlink(), 0, "record.json: missing"),
+])  # fmt: skip
+def test_a_resume_makes_again_what_is_damaged_and_says_so(tmp_path, damage, kept, said):
+    folder = half_done(tmp_path)
+    damage(folder)
+    writer = begin(tmp_path)
+    assert writer.folder == folder and writer.parts_done == kept
+    assert writer.record["recovered"][0].startswith(said)
+    assert writer.record["precision_asked"] == {"rollout": "bf16", "train": "bf16"}
+    writer.close()
+    assert complete(tmp_path).record["recovered"][0].startswith(said), "a second try works as well"
+
+
+def test_fresh_works_beside_a_damaged_attempt(tmp_path):
+    folder = half_done(tmp_path)
+    (folder / "record.json").write_bytes(b"\x00")
+    assert begin(tmp_path, fresh=True).parts_done == 0
+
+
+def test_a_half_done_run_of_a_version_without_hashes_is_resumed_and_hashed(tmp_path):
+    folder = half_done(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    write_json(folder / "record.json", {name: value for name, value in record.items() if name != "record_sha256"})
+    rows = read_metrics(folder)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flip(folder / "evidence" / "part-00002.parquet", 4)  # of the first page: without a hash it is found by reading alone
+    writer = begin(tmp_path)
+    assert writer.metrics == rows[:2] and "part-00002.parquet: found" in writer.record["recovered"][0]
+    writer.close()
+    assert b'"evidence_sha256"' in (folder / "metrics.jsonl").read_bytes() and begin(tmp_path).parts_done == 2
+
+
+def test_a_part_that_changes_while_the_run_goes_on_ends_it_and_is_made_again(tmp_path):
+    writer = begin(tmp_path)
+    writer.append({"step": 0}, part(0))
+    writer.append({"step": 1}, part(1))
+    flip(writer.folder / "evidence" / "part-00001.parquet", 60)
+    with pytest.raises(UserError, match="part-00001.parquet: found another content than was written"):
+        writer.finish("success")
+    writer.close()
+    assert begin(tmp_path).parts_done == 1
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda folder: flip(folder / "metrics.jsonl", 30), "metrics.jsonl: sha256 .* the manifest says"),
+    (lambda folder: flip(folder / "evidence" / "part-00003.parquet", 30), "part-00003.parquet: sha256"),
+    (lambda folder: flip(folder / "evidence_summary.parquet", 30), "evidence_summary.parquet: sha256"),
+    (lambda folder: flip(folder / "record.json", 30), "record.json: sha256"),
+    (lambda folder: (folder / "record.json").unlink(), "record.json: in the manifest, but missing"),
+    (lambda folder: (folder / "evidence_summary.parquet").unlink(), "evidence_summary.parquet: in the manifest, but missing"),
+    (lambda folder: (folder / "extra.txt").write_text("x"), "extra.txt: not in the manifest"),
+    (lambda folder: os.mkfifo(folder / "evidence" / "pipe"), "pipe: a FIFO, not a file"),
+    (lambda folder: (folder / "link").symlink_to("/dev/zero"), "link: a link, not a file"),
+    (lambda folder: (folder / "MANIFEST.sha256").unlink(), "MANIFEST.sha256: missing"),
+    (lambda folder: (folder / "MANIFEST.sha256").write_bytes(b"\xff"), "MANIFEST.sha256: line 1 is not"),
+    (lambda folder: flip(folder / "MANIFEST.sha256", 3), "."),
+])  # fmt: skip
+def test_a_finished_run_that_somebody_touched_is_neither_opened_nor_found(tmp_path, damage, said):
+    run = complete(tmp_path)
+    damage(run.folder)
+    for read in (lambda: begin(tmp_path), lambda: find_runs(tmp_path, "t")):
+        with pytest.raises(UserError, match=f"{run.folder}.*{said}"):
+            read()
+    run.folder.rename(run.folder.with_name("moved away"))
+    assert find_runs(tmp_path, "t") == [] and begin(tmp_path).parts_done == 0, "what the message says helps"
+
+
+def test_a_flipped_bit_in_a_finished_run_is_always_named(tmp_path):
+    run, draw = complete(tmp_path), random.Random(0)
+    for path in [path for path in run.folder.rglob("*") if path.is_file()]:
+        before = path.read_bytes()
+        for _ in range(4):
+            flip(path, draw.randrange(10**6), draw.randrange(8))
+            with pytest.raises(UserError, match=str(run.folder)):
+                find_runs(tmp_path, "t")
+            path.write_bytes(before)
+    assert len(find_runs(tmp_path, "t")) == 1
+
+
+def test_a_limited_run_that_is_damaged_hinders_no_grading(tmp_path):
+    folder = begin(tmp_path, limit=2).finish("success").folder
+    (folder / "extra.txt").write_text("x")
+    assert find_runs(tmp_path, "t") == []
+
+
+def test_a_kill_between_the_manifest_and_the_last_record_is_resumed(tmp_path):
+    folder = half_done(tmp_path)
+    write_manifest(folder)
+    assert begin(tmp_path).parts_done == 3 and not (folder / "MANIFEST.sha256").exists()
+
+
+def test_hashes_are_read_once_for_as_long_as_a_file_is_untouched(tmp_path, monkeypatch):
+    run, read = complete(tmp_path), []
+    monkeypatch.setattr(files, "sha256_file", lambda path, real=files.sha256_file: read.append(path) or real(path))
+    find_runs(tmp_path, "t"), find_runs(tmp_path, "t"), begin(tmp_path)
+    assert len(read) == len(set(read)) <= 7
+    flip(run.folder / "metrics.jsonl", 5)
+    assert check_manifest(run.folder, BESIDES)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "[/red]", "a b", "ä", "x" * 201, ".hidden", "a\n"])
+def test_a_name_that_is_no_folder_name_opens_no_run(tmp_path, name):
+    with pytest.raises(UserError, match="as a folder of"):
+        open_run(tmp_path / "runs", OneTask(), OneCell(name=name), {}, "cpu")
+    assert not (tmp_path / "runs").exists()
+
+
+# --- errors and signals ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_goes_away_leaves_the_first_error_with_a_note(tmp_path):
+    writer = begin(tmp_path)
+    shutil.rmtree(writer.folder)
+    error = RuntimeError("the engine died")
+    writer.fail("rl", error)
+    assert not writer.is_open and "the record does not say so: No such file" in error.__notes__[0]
+
+
+def test_whatever_comes_after_a_signal_is_a_killed_run():
+    assert failure("rl", RuntimeError("x"))["status"] == "failed"
+    with signals.listening():
+        with pytest.raises(signals.Interrupted, match="SIGTERM"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert failure("rl", RuntimeError("trying to pop from empty mode stack"))["status"] == "killed"
+        with pytest.raises(signals.Interrupted):
+            signals.check()  # for one that a library swallowed
+    assert signals.heard() is None
+
+
+def test_a_signal_waits_while_a_record_is_written_and_one_told_twice_is_one():
+    reached = []
+    with signals.listening(), pytest.raises(signals.Interrupted, match="SIGHUP"):
+        with signals.held():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("the end of what was held")
+        reached.append("never")
+    assert reached == ["the end of what was held"]
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with signals.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

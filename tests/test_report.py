@@ -135,8 +135,7 @@ def test_a_fresh_attempt_is_published_beside_the_first_and_publishing_again_adds
 def test_another_run_never_overwrites_a_published_one(repo):
     before = {run.folder: run.record for run in find_runs(repo / "results", "desk-tiny")}
     record = next((repo / "runs").rglob("record.json"))
-    other = json.loads(record.read_text()) | {"started_utc": "1999-01-01T00:00:00Z"}
-    record.write_text(json.dumps(other))
+    fakes.rewrite_record(record, started_utc="1999-01-01T00:00:00Z")
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
     after = {run.folder: run.record for run in find_runs(repo / "results", "desk-tiny")}
     assert len(after) == 7 and all(after[folder] == record for folder, record in before.items())
@@ -149,7 +148,7 @@ def test_unfinished_limited_and_older_runs_are_not_published(repo):
     ):
         value = json.loads(record.read_text())
         change = change if "task" not in change else {"task": value["task"] | {"version": 99}}
-        record.write_text(json.dumps(value | change))
+        fakes.rewrite_record(record, **change)
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
     assert len(find_runs(repo / "results", "desk-tiny")) == 3
 
@@ -157,13 +156,11 @@ def test_unfinished_limited_and_older_runs_are_not_published(repo):
 def test_a_failed_run_is_published_and_gives_way_to_its_own_resumption(repo):
     shutil.rmtree(repo / "results")
     record = next((repo / "runs").rglob("record.json"))
-    good = json.loads(record.read_text())
-    record.write_text(
-        json.dumps(good | {"status": "failed", "error": {"class": "X", "phase": "score", "message": "m"}})
-    )
+    error = {"class": "X", "phase": "score", "message": "m"}
+    fakes.rewrite_record(record, status="failed", error=error)
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
     assert json.loads((folder_of(repo) / "verdict.json").read_text())["verdict"] == "ERROR"
-    record.write_text(json.dumps(good))
+    fakes.rewrite_record(record, status="success", error=None)
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
     assert {run.status for run in find_runs(repo / "results", "desk-tiny")} == {"success"}
     assert len(find_runs(repo / "results", "desk-tiny")) == 6
@@ -465,7 +462,7 @@ def test_tasks_that_were_never_run_are_a_list_and_not_a_table_of_nothing():
 
 def test_regenerating_never_blesses_a_changed_record(repo):
     record = next(folder_of(repo).rglob("record.json"))
-    record.write_text(record.read_text().replace("success", "success "))
+    record.write_text(record.read_text().replace('"finished_utc": "2', '"finished_utc": "1'))
     suite.report.report(repo / "results")
     assert suite.report.verify(None, repo / "results") == 1
 

@@ -21,8 +21,9 @@ from suite.models import load_tokenizer  # noqa: E402
 from suite.plan import Cell  # noqa: E402
 from suite.precision import contract_breaches, unsaid_points  # noqa: E402
 from suite.protocols import Session, rl  # noqa: E402
-from suite.record import Run, find_runs, open_run, read_evidence, read_metrics  # noqa: E402
+from suite.record import Run, find_runs, read_evidence, read_metrics  # noqa: E402
 from suite.task import find_repo  # noqa: E402
+from suite.writer import open_run  # noqa: E402
 from small_models import OPTIMIZER, ROLLOUT  # noqa: E402
 from test_record import OneTask  # noqa: E402
 

@@ -10,6 +10,7 @@ import pytest
 from suite import cli
 from suite.errors import UserError
 from suite.report.publishing import publish_task
+from suite.record import read_metrics
 from suite.report.side_by_side import _agreement, side_by_side
 from suite.task import load_task
 
@@ -52,7 +53,7 @@ def test_a_published_run_is_the_run_it_was_made_from(repo):
 
 def test_one_changed_value_is_found_where_it_stands(repo, tmp_path):
     shutil.copytree(run_folder(repo, "bf16.*s0"), tmp_path / "copy")
-    rows = [json.loads(line) for line in (tmp_path / "copy" / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(tmp_path / "copy")
     rows[-1]["k3_nats_per_token"] *= 1.5
     (tmp_path / "copy" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     series = table(side_by_side(run_folder(repo, "bf16.*s0"), tmp_path / "copy"), "series")

@@ -210,7 +210,7 @@ def _ours(turns) -> None:
     from suite.plan import Cell
     from suite.precision import contract_breaches
     from suite.protocols import Session, rl
-    from suite.record import open_run
+    from suite.writer import open_run
 
     with tempfile.TemporaryDirectory() as runs:
         cell = Cell(BenchTask.id, 1, turns.job["precision"], (), 0, cell_settings(turns.job))

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from suite import environment
+from suite import environment, signals
+from suite.files import write_json
 from suite.plan import Cell
 from suite.ranks import PeerLost, Ranks
-from suite.record import Run, RunWriter, SilentWriter, failure, open_run, read_run, write_json
+from suite.record import Run, read_run
 from suite.task import Task
+from suite.writer import RunWriter, SilentWriter, failure, open_run
 
 MODULES = {
     "offline_mismatch": "suite.protocols.offline",
@@ -79,18 +81,30 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
     """
     machine = environment.collect(runs_dir)
     fingerprint = environment.fingerprint(machine)
-    has_evidence = task.protocol != "dataset"
+    has_evidence, opened = task.protocol != "dataset", []
 
     def open_cell(cell: Cell) -> RunWriter | Run:
         found = None
         if ranks.is_first:
-            found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+            with signals.held():  # no writer without somebody who closes it
+                found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+                opened.append(found)
             if isinstance(found, RunWriter):
                 (found.folder / RANK_ERROR).unlink(missing_ok=True)  # of an attempt whose rank 0 was killed as well
         return follow(found, ranks)
 
-    protocol = importlib.import_module(MODULES[task.protocol])
-    protocol.run(cells, Session(task, limit, progress, open_cell, ranks))
+    def tell(*done, **more) -> None:
+        signals.check()
+        progress(*done, **more)
+
+    try:
+        protocol = importlib.import_module(MODULES[task.protocol])
+        protocol.run(cells, Session(task, limit, tell, open_cell, ranks))
+    except BaseException as error:
+        for writer in opened:
+            if isinstance(writer, RunWriter) and writer.is_open:
+                writer.fail(task.protocol, error)
+        raise
 
 
 def follow(found: RunWriter | Run | None, ranks: Ranks) -> RunWriter | Run:

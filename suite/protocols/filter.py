@@ -24,7 +24,8 @@ from suite.plan import Cell
 from suite.protocols import Session
 from suite.protocols.engines import Engines, run_one_by_one
 from suite.protocols.offline import DEFAULT_PROMPTS_PER_BATCH, WITHOUT_TRAINER
-from suite.record import RunWriter, read_evidence
+from suite.record import read_evidence
+from suite.writer import RunWriter
 
 KEPT_NAME = "kept.json"
 

@@ -24,8 +24,9 @@ from suite.mismatch import estimates, token_statistics
 from suite.plan import Cell
 from suite.protocols import Session
 from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
-from suite.record import Run, RunWriter, read_evidence
+from suite.record import Run, read_evidence
 from suite.resolved import full_vocabulary_kl
+from suite.writer import RunWriter
 
 DEFAULT_PROMPTS_PER_BATCH = 32
 NUM_FULL_SEQUENCES, LARGEST_FULL_VOCABULARY = 4, 4096

@@ -40,9 +40,10 @@ from suite.precision import FORMATS, Precision
 from suite.protocols import Session
 from suite.protocols.engines import Engines, run_one_by_one
 from suite.ranks import ReplicaError
-from suite.record import RunWriter, read_evidence
+from suite.record import read_evidence
 from suite.sync import Probe, prove_sync, sync_weights
 from suite.watch import by_advantage
+from suite.writer import RunWriter
 
 DEFAULT_CHECKPOINT_EVERY = 10
 NUM_PROBE_PROMPTS = 8

@@ -20,7 +20,8 @@ import shutil
 import socket
 from pathlib import Path
 
-from suite.record import FINISHED, Run, find_runs, write_atomic, write_json, write_manifest
+from suite.files import json_safe, write_atomic, write_json
+from suite.record import FINISHED, Run, find_runs, read_metrics, write_manifest
 from suite.report.points import plot_points, write_points
 
 PUBLISHED_STATUSES = (*FINISHED, "invalidated", "failed")  # a failed cell counts as ERROR; hiding it would be choosing
@@ -153,12 +154,8 @@ def _status(folder: Path) -> str:
 
 def _zipped_metrics(folder: Path) -> bytes:
     """The metrics, scrubbed and zipped without a time stamp or a file name: the same lines give the same bytes."""
-    zipped = folder / "metrics.jsonl.gz"
-    path = folder / "metrics.jsonl"
-    text = (
-        gzip.decompress(zipped.read_bytes()).decode() if zipped.exists() else path.read_text() if path.exists() else ""
-    )
-    lines = [json.dumps(scrub(json.loads(line), names=False), sort_keys=True) + "\n" for line in text.splitlines()]
+    rows = json_safe(read_metrics(folder))  # without the hashes of the raw run: scrubbed lines have none
+    lines = [json.dumps(scrub(row, names=False), sort_keys=True) + "\n" for row in rows]
     return gzip.compress("".join(lines).encode(), compresslevel=9, mtime=0)
 
 
