@@ -1,7 +1,7 @@
 """Rewards: find the answer in a response, compare it with the gold answer, 1 or 0, within a hard time limit.
 
-Equal text and equal integers are seen at once; the rest is judged by math-verify in processes that can be killed
-(workers.py), so that a hostile answer costs one reward of 0 and at most the time limit. No torch.
+Equal text and equal integers are seen at once; the rest is judged (answers.py, algebra.py) in processes that can be
+killed (workers.py), so that a hostile answer costs one reward of 0 and at most the time limit. No torch.
 
 Where an answer stands, by format (sources: sail-sg/Precision-RL oat/main.py and the math_grader.py of sail-sg/oat):
 
@@ -92,7 +92,7 @@ def extract_answer(text: str, format: Format) -> str | None:
 
 
 def quick_verdict(answer: str, gold: Gold) -> bool | None:
-    """Equality that needs no algebra: the same text, or two integers. None where math-verify has to say."""
+    """Equality that needs no algebra: the same text, or two integers. None where a worker has to say."""
     golds = _as_tuple(gold)
     if answer in (one.strip() for one in golds):
         return True
@@ -133,7 +133,7 @@ class RewardPool:
             raise ValueError(f"format: found {format!r}, allowed: {', '.join(get_args(Format))}")
         self.format, self.zero_truncated = format, zero_truncated
         self.workers = Workers(num_workers, timeout_seconds)
-        self._known: dict[tuple, Outcome] = {}  # verdicts of math-verify; rollouts of one prompt repeat each other
+        self._known: dict[tuple, Outcome] = {}  # verdicts of the workers; rollouts of one prompt repeat each other
 
     def __enter__(self):
         return self
@@ -173,7 +173,7 @@ class RewardPool:
     def _judge(self, pairs: list[tuple[str, ...]]) -> dict[tuple[str, ...], Outcome]:
         known = {pair: self._known[pair] for pair in pairs if pair in self._known}
         new = [pair for pair in pairs if pair not in known]
-        for pair, (status, same) in zip(new, self.workers.run([("equivalent", *pair) for pair in new]), strict=True):
+        for pair, (status, same) in zip(new, self.workers.run([("suite", *pair) for pair in new]), strict=True):
             known[pair] = status if status != "done" else "correct" if same else "wrong"
             if status != "crashed" and len(self._known) < 100_000:  # a late answer is not paid for twice
                 self._known[pair] = known[pair]

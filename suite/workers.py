@@ -22,6 +22,9 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from suite.algebra import same_value
+from suite.answers import same_answer
+
 WORKER_MEMORY_BYTES = 1 << 30  # address space; math-verify with sympy needs about a tenth of it
 WORKER_START_SECONDS = 120.0
 START_ATTEMPTS = 10  # workers in a row that were killed before they were ready; one that exits by itself is an error
@@ -64,7 +67,12 @@ def equivalent(answer: str, *golds: str) -> bool:
     return any(verify(_parsed_gold(gold), found, timeout_seconds=None) for gold in golds)
 
 
-OPERATIONS = {"parses": parses, "equivalent": equivalent}
+def suite_grader(answer: str, *golds: str) -> bool:
+    """Whether `answer` is one of `golds` by the suite's own rules (answers.py)."""
+    return any(same_answer(gold, answer, same_value) for gold in golds)
+
+
+OPERATIONS = {"parses": parses, "equivalent": equivalent, "suite": suite_grader}
 
 
 def worker_main(cpu_seconds: float) -> None:
