@@ -8,13 +8,20 @@ at rollout time, theta the weights being updated, A the advantage of a response 
     w_t   = pi(y_t|theta) / mu(y_t|theta')      importance weight, per token       "new/rollout"
     rho = prod_t rho_t,  w = prod_t w_t         the same for a whole response
     P_t   = min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A)
-    sg[.] = stop-gradient,  C = cap,  L = aggregation_length (the response budget unless a task says otherwise)
+    D_t   = divergence of the binary distributions (y_t or not y_t): TV |pi(y_t|theta) - mu(y_t|theta')| or KL(mu || pi)
+    sg[.] = stop-gradient,  C = cap,  F = floor,  L = aggregation_length (the response budget unless a task says otherwise)
+
+`anchor` says whose log-probs stand for pi(theta'): "trainer", the trainer's own, computed anew, or "rollout", those of the
+sampler, mu (verl calls this bypass mode, the other decoupled mode). So with anchor "rollout" r_t is w_t.
 
 Every objective is maximised; `losses.policy_loss` returns its negative. Rows are plain data, so `suite validate` reads
 them without torch. To add an algorithm, add a row here and its formula in tests/test_losses.py.
 
 Sources: [VERL] the authors' VeRL code, [OAT] github.com/sail-sg/Precision-RL oat/main.py, [DAPO] arXiv 2503.14476,
-[GSPO] arXiv 2507.18071, [TIS] Yao et al., "Your efficient RL framework secretly brings you off-policy RL training".
+[GSPO] arXiv 2507.18071, [TIS] Yao et al., "Your efficient RL framework secretly brings you off-policy RL training",
+[DPPO] arXiv 2602.04879, [M1] arXiv 2506.13585, [verl] verl-project/verl 0.10.0.dev 1dda039b9 verl/trainer/ppo,
+[slime] THUDM/slime 624b824a slime, [TRL] huggingface/trl f2cd57710 trl/trainer/grpo_trainer.py,
+[prime-rl] PrimeIntellect-ai/prime-rl 0.8.1.dev67 src/prime_rl/trainer/rl/loss.py.
 """
 
 from __future__ import annotations
@@ -26,9 +33,11 @@ from suite.errors import TaskError
 
 ADVANTAGES = ("group_mean", "group_mean_std", "reward")
 RATIO_LEVELS = ("token", "sequence_mean", "none")
-WEIGHTS = ("none", "old/rollout", "new/rollout")
-CORRECTIONS = ("none", "truncate", "mask")
-CORRECTION_LEVELS = ("none", "token", "sequence")
+WEIGHTS = ("none", "old/rollout", "new/rollout", "new/old")
+CORRECTIONS = ("none", "truncate", "mask", "reject")
+CORRECTION_LEVELS = ("none", "token", "sequence", "sequence_mean")
+ANCHORS = ("trainer", "rollout")
+DIVERGENCES = ("none", "tv", "kl")
 AGGREGATIONS = ("sum_over_length", "token_mean_per_sequence", "token_mean")
 
 
@@ -37,8 +46,11 @@ class Algorithm:
     """One row of the table; see the module docstring for the symbols.
 
     A row with ratio_level "none" is a policy gradient: its term is A log pi(y_t|theta) instead of P_t. `weight` is the
-    stop-gradient factor in front of the term, taken per `correction_level`; `correction` says what happens above `cap`
-    ("none": nothing, "truncate": min(weight, C), "mask": the weight becomes 0).
+    stop-gradient factor in front of the term, taken per `correction_level` ("sequence_mean": the geometric mean over the
+    response's tokens); `correction` says what happens above `cap` and below `floor` ("none": nothing, "truncate": the
+    weight is set to the bound, "mask": it becomes 0, "reject": 0, and 1 inside). `divergence` is a trust region: a token
+    whose D_t has passed the bound of the side to which A pushes it (up for A > 0: divergence_high; down for A < 0:
+    divergence_low) has the term 0.
     """
 
     name: str
@@ -53,6 +65,11 @@ class Algorithm:
     correction: str = "none"
     correction_level: str = "none"
     cap: float | None = None
+    floor: float | None = None  # None: no lower bound
+    anchor: str | None = "trainer"  # None where nothing of the row is pi(theta')
+    divergence: str = "none"
+    divergence_low: float | None = None
+    divergence_high: float | None = None
     log_ratio_limit: float = 20.0  # [VERL] nats; every log-ratio is held below it before exp, so nothing overflows
     aggregation: str = "sum_over_length"
     aggregation_length: int | None = None  # tokens; None = the response budget of the rollout
@@ -60,7 +77,7 @@ class Algorithm:
     @property
     def needs_old_trainer_logprobs(self) -> bool:
         """True if the loss uses pi(theta'): one more forward pass per rollout batch (about +25 % training cost)."""
-        return self.ratio_level != "none" or self.weight == "old/rollout"
+        return self.anchor == "trainer"
 
     def settings(self) -> dict:
         """Every choice of the row by name, prose left out: what a record stores as the algorithm that ran."""
@@ -68,10 +85,12 @@ class Algorithm:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in described}
 
 
-_POLICY_GRADIENT = {"ratio_level": "none", "clip_low": None, "clip_high": None}
+_NO_RATIO = {"ratio_level": "none", "clip_low": None, "clip_high": None}
+_POLICY_GRADIENT = {**_NO_RATIO, "anchor": None}
 _RHO_TOKEN = {"weight": "old/rollout", "correction_level": "token"}
 _RHO_SEQUENCE = {"weight": "old/rollout", "correction_level": "sequence"}
 _W_SEQUENCE = {"weight": "new/rollout", "correction_level": "sequence"}
+_R_TOKEN = {"weight": "new/old", "correction": "truncate", "correction_level": "token"}
 
 _ROWS = (
     Algorithm(
@@ -171,6 +190,63 @@ _ROWS = (
         dual_clip=10.0,
         aggregation="token_mean",
     ),
+    Algorithm(
+        name="DPPO-TV",
+        formula="sum_t sg[min(r_t, C)] A log pi(y_t|theta) 1{not outside_t} / L, r_t anchored at mu, outside_t: "
+        "A > 0 and pi - mu > divergence_high, or A < 0 and mu - pi > divergence_low (probabilities of y_t)",
+        source="[DPPO] Binary-TV; [verl] core_algos.py dppo_tv: 0.15 in its example, C 20 where clip_ratio_c is not set (the "
+        "example: 10,000); [prime-rl] default_loss_fn: 0.2, no C, and a squared log-ratio that is not part of this row",
+        anchor="rollout",
+        divergence="tv",
+        divergence_low=0.15,
+        divergence_high=0.15,
+        cap=20.0,
+        **_R_TOKEN,
+        **_NO_RATIO,
+    ),
+    Algorithm(
+        name="DPPO-KL",
+        formula="the same, outside_t: KL(mu || pi) of (y_t, not y_t) above divergence_high with A > 0 and pi > mu, or above "
+        "divergence_low with A < 0 and pi < mu",
+        source="[DPPO] Binary-KL; [verl] core_algos.py dppo_kl: 0.05 in its example",
+        anchor="rollout",
+        divergence="kl",
+        divergence_low=0.05,
+        divergence_high=0.05,
+        cap=20.0,
+        **_R_TOKEN,
+        **_NO_RATIO,
+    ),
+    Algorithm(
+        name="IcePop",
+        formula="sum_t sg[rho_t 1{F <= rho_t <= C}] P_t / L",
+        source="Ring-1T, arXiv 2510.18855; [slime] backends/megatron_utils/loss.py icepop_function; F 0.5 and C 5 as in NeMo-RL",
+        correction="mask",
+        floor=0.5,
+        cap=5.0,
+        **_RHO_TOKEN,
+    ),
+    Algorithm(
+        name="CISPO",
+        formula="sum over the mini-batch of sg[min(r_t, C)] A log pi(y_t|theta) / number of its tokens",
+        source="[M1] eq. 4 and 5, which gives no C and no lower bound; C = 5 is what [TRL] recommends; [slime] utils/ppo_utils.py "
+        "and [verl] core_algos.py cispo write C = 1 + clip_high, and verl a floor 1 - clip_low",
+        advantage="group_mean_std",
+        cap=5.0,
+        aggregation="token_mean",
+        **_R_TOKEN,
+        **_NO_RATIO,
+    ),
+    Algorithm(
+        name="GRPO-Geo-RS",
+        formula="1{F <= g <= C} sum_t P_t / L, g = exp(mean_t log rho_t)",
+        source="[verl] rollout_corr_helper.py seq_mean_k1 (Geo-RS, there bounds of 1/g), 0.999 and 1.001 in decoupled_geo_rs",
+        weight="old/rollout",
+        correction="reject",
+        correction_level="sequence_mean",
+        floor=0.999,
+        cap=1.001,
+    ),
 )
 
 ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in _ROWS}
@@ -188,6 +264,8 @@ def _one_of(*choices: str):
 
 _POSITIVE = ("a number above 0 (.inf allowed)", lambda value: _is_number(value) and value > 0)
 
+_DIVERGENCE = (*_POSITIVE, lambda row: row.divergence != "none")
+
 OVERRIDES = {  # key: (what is allowed, in words; the check; does the row have such a thing at all)
     "clip_low": ("a number in (0, 1]", lambda v: _is_number(v) and 0 < v <= 1, lambda row: row.clip_low is not None),
     "clip_high": (*_POSITIVE, lambda row: row.clip_high is not None),
@@ -197,6 +275,10 @@ OVERRIDES = {  # key: (what is allowed, in words; the check; does the row have s
         lambda row: row.ratio_level == "token",
     ),
     "cap": (*_POSITIVE, lambda row: row.correction != "none"),
+    "floor": ("a number above 0, at most the cap", lambda v: _is_number(v) and 0 < v, lambda row: row.correction != "none"),
+    "anchor": (*_one_of(*ANCHORS), lambda row: row.anchor is not None and row.weight != "old/rollout"),
+    "divergence_low": _DIVERGENCE,
+    "divergence_high": _DIVERGENCE,
     "log_ratio_limit": (
         "a number in (0, 80], so that its exp fits fp32",
         lambda v: _is_number(v) and 0 < v <= 80,
@@ -231,4 +313,8 @@ def resolve(name: str, *, file: str = "algorithm settings", **overrides) -> Algo
     for key, value in chosen.items():
         if not OVERRIDES[key][2](resolved if key == "aggregation_length" else row):
             raise TaskError(file, f"algorithm.{key}", value, f"nothing: {name} has no {key}", f"{name}: {row.formula}")
+    if resolved.floor is not None and resolved.floor > resolved.cap:
+        key = "floor" if "floor" in chosen else "cap"
+        allowed = f"a floor that is at most the cap (floor {resolved.floor}, cap {resolved.cap})"
+        raise TaskError(file, f"algorithm.{key}", chosen[key], allowed, f"{name}: {row.formula}")
     return resolved

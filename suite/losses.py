@@ -66,7 +66,7 @@ class LossStatistics:
     """
 
     num_tokens: Tensor  # response tokens in the loss
-    num_clipped: Tensor  # of them: held by the PPO clip or the dual clip, hence without gradient
+    num_clipped: Tensor  # of them: without gradient, held by the PPO clip, the dual clip or the trust region
     num_limited: Tensor  # of them: PPO log-ratio beyond log_ratio_limit
     num_sequences: Tensor  # responses with at least one token in the loss
     sum_weight: Tensor  # sequence weight w = prod_t pi(theta)/mu of those responses, before any cap of the row
@@ -84,7 +84,7 @@ class LossStatistics:
     def metrics(self) -> dict[str, float]:
         """Named as in metrics.jsonl; a quantity that the batch or the row does not have is left out, never 0.0.
 
-        clip_fraction: share of tokens without gradient because of a clip. importance_weight_mean, _max and
+        clip_fraction: share of tokens without gradient because of a clip or a trust region. importance_weight_mean, _max and
         effective_sample_size = (sum w)^2 / (n sum w^2), as a share of n: of the raw sequence weight, for every row
         alike, so that a cap cannot hide how degenerate the weights are. correction_mean, truncated_fraction,
         masked_fraction: of the weight that the row applies, over its tokens or sequences.
@@ -143,7 +143,7 @@ def policy_loss(
     _check_inputs(algorithm, new_logprobs, old_trainer_logprobs, rollout_logprobs, loss_mask, advantages)
     new = _masked(new_logprobs, loss_mask)  # (B, T), fp32 at least, 0 at padding
     mu = _masked(rollout_logprobs.detach(), loss_mask)
-    old = _masked(old_trainer_logprobs.detach(), loss_mask) if algorithm.needs_old_trainer_logprobs else None
+    old = _masked(old_trainer_logprobs.detach(), loss_mask) if algorithm.needs_old_trainer_logprobs else mu
     advantage = advantages.detach().to(new.dtype)[:, None]  # (B, 1)
 
     term, clipped, limited = _token_terms(algorithm, new, old, loss_mask, advantage)
@@ -180,7 +180,10 @@ def _token_terms(algorithm, new, old, mask, advantage) -> tuple[Tensor, Tensor, 
     """Per token (B, T): P_t or A log pi, where a clip holds it, and where the log-ratio was beyond the limit."""
     if algorithm.ratio_level == "none":
         nowhere = torch.zeros_like(mask)
-        return advantage * new, nowhere, nowhere
+        if algorithm.divergence == "none":
+            return advantage * new, nowhere, nowhere
+        outside = _outside(algorithm, new.detach(), old, advantage)
+        return torch.where(outside, 0.0, advantage * new), outside & mask, nowhere
     limit = algorithm.log_ratio_limit
     log_ratio = new - old
     if algorithm.ratio_level == "sequence_mean":  # GSPO: the value of the mean ratio, the gradient of each token
@@ -190,6 +193,24 @@ def _token_terms(algorithm, new, old, mask, advantage) -> tuple[Tensor, Tensor, 
         ratio = log_ratio.clamp(-limit, limit).exp()
     term, clipped = _clip(algorithm, ratio, advantage)
     return term, clipped & mask, (log_ratio.detach().abs() > limit) & mask
+
+
+def _outside(algorithm, new, old, advantage) -> Tensor:
+    """(B, T): tokens beyond the trust region on the side to which their advantage pushes them. Log-probs above 0 count
+    as 0; a log-prob of the trainer that is not finite is never outside, so that it stays visible in the loss."""
+    new_prob, old_prob = new.clamp_max(0).exp(), old.clamp_max(0).exp()
+    moved = new_prob - old_prob
+    size = moved.abs() if algorithm.divergence == "tv" else _binary_kl(old.clamp_max(0), new.clamp_max(0))
+    up = (advantage > 0) & (moved > 0) & (size > algorithm.divergence_high)
+    down = (advantage < 0) & (moved < 0) & (size > algorithm.divergence_low)
+    return (up | down) & torch.isfinite(new)
+
+
+def _binary_kl(log_p, log_q) -> Tensor:
+    """KL(p || q) of the distributions (y_t, any other token), nats; inf where q leaves nothing for another token and p does."""
+    rest_p, rest_q = -torch.expm1(log_p), -torch.expm1(log_q)
+    rest = torch.where(rest_p > 0, rest_p * (rest_p.log() - rest_q.log()), 0.0)
+    return log_p.exp() * (log_p - log_q) + rest
 
 
 def _clip(algorithm, ratio, advantage) -> tuple[Tensor, Tensor]:
@@ -207,22 +228,28 @@ def _clip(algorithm, ratio, advantage) -> tuple[Tensor, Tensor]:
 def _correction(algorithm, new, old, mu, mask) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(weight, truncated, masked), each (B, T) for token level or (B, 1) for sequence level; no gradient flows here.
 
-    The cap acts on the log-weight. A nan stays a nan: comparing it with the cap is False, and it is not masked away.
+    Cap and floor act on the log-weight. A nan stays a nan: comparing it with the cap is False, and it is not masked away.
     """
     if algorithm.weight == "none":
         return None, None, None
-    log_weight = (new if algorithm.weight == "new/rollout" else old) - mu
-    if algorithm.correction_level == "sequence":
+    above_line, below_line = algorithm.weight.split("/")
+    logprobs = {"new": new, "old": old, "rollout": mu}
+    log_weight = logprobs[above_line] - logprobs[below_line]
+    if algorithm.correction_level != "token":
         log_weight = _sequence_sum(log_weight)
+    if algorithm.correction_level == "sequence_mean":
+        log_weight = log_weight / _lengths(mask).to(new.dtype)
     log_cap = math.inf if algorithm.cap is None else math.log(algorithm.cap)
-    above = log_weight > log_cap
-    if algorithm.correction == "mask":
-        log_weight = torch.where(above, -math.inf, log_weight)
+    log_floor = -math.inf if algorithm.floor is None else math.log(algorithm.floor)
+    outside = (log_weight > log_cap) | (log_weight < log_floor)
+    if algorithm.correction in ("mask", "reject"):
+        inside = log_weight if algorithm.correction == "mask" else 0 * log_weight  # 1 inside, and nan stays nan
+        log_weight = torch.where(outside, -math.inf, inside)
     elif algorithm.correction == "truncate":
-        log_weight = log_weight.clamp_max(log_cap)
+        log_weight = log_weight.clamp(log_floor, log_cap)
     weight = log_weight.clamp_max(algorithm.log_ratio_limit).exp()
-    nowhere = torch.zeros_like(above)
-    return weight, *((above, nowhere) if algorithm.correction == "truncate" else (nowhere, above))
+    nowhere = torch.zeros_like(outside)
+    return weight, *((outside, nowhere) if algorithm.correction == "truncate" else (nowhere, outside))
 
 
 def _aggregate(algorithm, objective, mask, num_sequences, num_tokens, length_norm) -> Tensor:

@@ -272,6 +272,10 @@ class Algorithm(Strict):
     clip_high: Annotated[float, Field(ge=0)] | None = None
     dual_clip: Annotated[float, Field(gt=0)] | None = None
     cap: Annotated[float, Field(gt=0)] | None = None
+    floor: Annotated[float, Field(gt=0)] | None = None
+    anchor: str | None = None
+    divergence_low: Annotated[float, Field(gt=0)] | None = None
+    divergence_high: Annotated[float, Field(gt=0)] | None = None
     log_ratio_limit: Annotated[float, Field(gt=0)] | None = None
     advantage: str | None = None
     aggregation: str | None = None

@@ -22,6 +22,11 @@ PAPER_ROWS = {  # name: (ratio level, weight, correction level, correction, cap,
     "Token-IS-PG": ("none", "new/rollout", "token", "truncate", math.inf, False),
     "REINFORCE": ("none", "none", "none", "none", None, False),
     "DAPO": ("token", "none", "none", "none", None, True),
+    "DPPO-TV": ("none", "new/old", "token", "truncate", 20.0, False),
+    "DPPO-KL": ("none", "new/old", "token", "truncate", 20.0, False),
+    "IcePop": ("token", "old/rollout", "token", "mask", 5.0, True),
+    "CISPO": ("none", "new/old", "token", "truncate", 5.0, True),
+    "GRPO-Geo-RS": ("token", "old/rollout", "sequence_mean", "reject", 1.001, True),
 }
 
 

@@ -1,161 +1,15 @@
-"""Every row's loss and gradient against slow loops over plain floats, written from the formulas, with no autograd."""
+"""Every row's loss and gradient against slow loops over plain floats (slow_losses.py)."""
 
 import math
 
 import pytest
 import torch
+from slow_losses import LENGTH_NORM, REFERENCES, make_batch, reference, rows_of, run
 
-from suite.algorithms import ALGORITHMS, resolve
-from suite.losses import LossStatistics, advantages, policy_loss
+from suite.algorithms import ALGORITHMS
+from suite.losses import LossStatistics, advantages
 
 EVERY_ROW = pytest.mark.parametrize("name", ALGORITHMS)
-LENGTH_NORM = 16
-
-# --- the slow references ---------------------------------------------------------------------------------------------
-# Each takes one response (lists of log-probs, its advantage) and gives per token (term, d term / d log pi(y_t|theta)).
-
-
-def ppo_terms(new, old, advantage, low=0.2, high=0.28, dual=None):
-    terms = []
-    for log_pi, log_old in zip(new, old, strict=True):
-        ratio = math.exp(log_pi - log_old)
-        clipped_ratio = min(max(ratio, 1 - low), 1 + high)
-        value, slope = ratio * advantage, ratio * advantage
-        if clipped_ratio * advantage < value:
-            value, slope = clipped_ratio * advantage, 0.0
-        if dual is not None and advantage < 0 and value < dual * advantage:
-            value, slope = dual * advantage, 0.0
-        terms.append((value, slope))
-    return terms
-
-
-def scaled(terms, weights):
-    return [(w * value, w * slope) for (value, slope), w in zip(terms, weights, strict=True)]
-
-
-def token_tis(new, old, mu, a):
-    return scaled(ppo_terms(new, old, a), [min(math.exp(o - m), 3.0) for o, m in zip(old, mu, strict=True)])
-
-
-def seq_tis(new, old, mu, a):
-    rho = math.prod(math.exp(o - m) for o, m in zip(old, mu, strict=True))
-    return scaled(ppo_terms(new, old, a), [min(rho, 3.0)] * len(new))
-
-
-def seq_mis(new, old, mu, a):
-    rho = math.prod(math.exp(o - m) for o, m in zip(old, mu, strict=True))
-    return scaled(ppo_terms(new, old, a), [rho if rho <= 3.0 else 0.0] * len(new))
-
-
-def gspo(new, old, mu, a):
-    s = math.exp(sum(n - o for n, o in zip(new, old, strict=True)) / len(new))
-    clipped = min(max(s, 1 - 3e-4), 1 + 4e-4)
-    return [(clipped * a, 0.0) if clipped * a < s * a else (s * a, s * a)] * len(new)
-
-
-def policy_gradient(new, weights, a):
-    return [(w * a * log_pi, w * a) for log_pi, w in zip(new, weights, strict=True)]
-
-
-def sequence_weight(new, mu):
-    return math.prod(math.exp(n - m) for n, m in zip(new, mu, strict=True))
-
-
-def pg_is(new, old, mu, a):
-    return policy_gradient(new, [sequence_weight(new, mu)] * len(new), a)
-
-
-def pg_tis(new, old, mu, a):
-    return policy_gradient(new, [min(sequence_weight(new, mu), 3.0)] * len(new), a)
-
-
-def pg_mis(new, old, mu, a):
-    w = sequence_weight(new, mu)
-    return policy_gradient(new, [w if w <= 3.0 else 0.0] * len(new), a)
-
-
-def token_is(new, old, mu, a):
-    return policy_gradient(new, [math.exp(n - m) for n, m in zip(new, mu, strict=True)], a)
-
-
-REFERENCES = {  # name: (terms of one response, divisor of a response's sum: L, its own length, or the batch's tokens)
-    "GRPO": (lambda new, old, mu, a: ppo_terms(new, old, a), "L"),
-    "GRPO-std": (lambda new, old, mu, a: ppo_terms(new, old, a), "length"),
-    "GRPO-Token-TIS": (token_tis, "L"),
-    "GRPO-Seq-TIS": (seq_tis, "L"),
-    "GRPO-Seq-MIS": (seq_mis, "L"),
-    "GSPO": (gspo, "length"),
-    "PG-Seq-IS": (pg_is, "L"),
-    "PG-Seq-TIS": (pg_tis, "L"),
-    "PG-Seq-MIS": (pg_mis, "L"),
-    "Token-IS-PG": (token_is, "L"),
-    "REINFORCE": (lambda new, old, mu, a: policy_gradient(new, [1.0] * len(new), a), "L"),
-    "DAPO": (lambda new, old, mu, a: ppo_terms(new, old, a, dual=10.0), "tokens"),
-}
-
-
-def reference(name, batch):
-    """(loss, gradient as nested lists (B, T)) of a batch, in Python floats."""
-    terms_of, divisor = REFERENCES[name]
-    rows = [[t for t, m in enumerate(mask) if m] for mask in batch["loss_mask"].tolist()]
-    total_tokens = sum(map(len, rows))
-    loss, gradient = 0.0, [[0.0] * batch["loss_mask"].shape[1] for _ in rows]
-    for b, columns in enumerate(rows):
-        if not columns:
-            continue
-        new, old, mu = ([batch[k][b][t].item() for t in columns] for k in ("new", "old", "mu"))
-        scale = {"L": LENGTH_NORM * len(rows), "length": len(columns) * len(rows), "tokens": total_tokens}[divisor]
-        for t, (value, slope) in zip(columns, terms_of(new, old, mu, batch["advantages"][b].item()), strict=True):
-            loss -= value / scale
-            gradient[b][t] = -slope / scale
-    return loss, gradient
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
-
-
-def make_batch(seed=0, num=24, width=9, spread=0.3, dtype=torch.float64):
-    """Random responses of 1 to `width` tokens; ratios crowd around the clip edges and the caps on both sides."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    new = -normal(num, width).abs() - 0.05
-    edges = torch.tensor([0.8, 1.28, 1 - 3e-4, 1 + 4e-4, 1.0, 10.0]).double().log()
-    near = edges[torch.randint(len(edges), (num, width), generator=generator)] + 1e-5 * normal(num, width)
-    random = spread * normal(num, width)
-    old = new - torch.where(torch.rand(num, width, generator=generator) < 0.5, near, random)
-    old[: num // 3] = new[: num // 3] - 5e-4 * normal(num // 3, width)  # some sequences inside GSPO's narrow range
-    mu = old - 2 * spread * normal(num, width)  # wide enough that single tokens pass the cap of 3 too
-    lengths = torch.randint(1, width + 1, (num,), generator=generator)
-    lengths[0], lengths[1] = 1, width  # a single token; a response cut off at the budget
-    mask = torch.arange(width) < lengths[:, None]
-    batch = {"new": new, "old": old, "mu": mu, "advantages": normal(num)}
-    return {k: v.to(dtype) for k, v in batch.items()} | {"loss_mask": mask}
-
-
-def run(name, batch, num_sequences=None, num_tokens=None, **overrides):
-    """(output, gradient of the loss with respect to log pi(theta) (B, T))."""
-    new = batch["new"].clone().requires_grad_()
-    output = policy_loss(
-        resolve(name, **overrides),
-        new,
-        batch["old"],
-        batch["mu"],
-        batch["loss_mask"],
-        batch["advantages"],
-        num_sequences=num_sequences or len(new),
-        num_tokens=num_tokens or int(batch["loss_mask"].sum()),
-        length_norm=LENGTH_NORM,
-    )
-    (gradient,) = torch.autograd.grad(output.loss, new)
-    return output, gradient
-
-
-def rows_of(batch, index):
-    return {k: v[index] for k, v in batch.items()}
-
 
 # --- values and gradients --------------------------------------------------------------------------------------------
 
@@ -179,10 +33,10 @@ def test_the_random_batch_reaches_both_sides_of_every_bound(name):
     """Otherwise the comparison above would not have tested the clip, the cap or the mask."""
     statistics = run(name, make_batch(), **({"cap": 1.05} if name == "Token-IS-PG" else {}))[0].metrics
     row = ALGORITHMS[name]
-    if row.ratio_level != "none":
+    if row.ratio_level != "none" or row.divergence != "none":
         assert 0 < statistics["clip_fraction"] < 1
     if row.correction != "none":
-        assert 0 < statistics[{"truncate": "truncated_fraction", "mask": "masked_fraction"}[row.correction]] < 1
+        assert 0 < statistics["truncated_fraction" if row.correction == "truncate" else "masked_fraction"] < 1
 
 
 @EVERY_ROW
@@ -300,7 +154,7 @@ def test_more_padding_changes_nothing(name):
     batch = make_batch()
     wider = {k: torch.cat([batch[k], torch.full((24, 4), -7.0).double()], 1) for k in ("new", "old", "mu")}
     wider["loss_mask"] = torch.cat([batch["loss_mask"], torch.zeros(24, 4, dtype=torch.bool)], 1)
-    low_cap = {"cap": 0.5} if ALGORITHMS[name].correction != "none" else {}  # below 1, the weight of an empty position
+    low_cap = {"cap": 0.5, "floor": 0.4} if ALGORITHMS[name].correction != "none" else {}  # below 1, an empty position's
     (output, gradient), (padded, wide_gradient) = run(name, batch, **low_cap), run(name, batch | wider, **low_cap)
     torch.testing.assert_close(wide_gradient[:, :-4], gradient)
     assert padded.metrics == pytest.approx(output.metrics) and not wide_gradient[:, -4:].any()
@@ -374,7 +228,8 @@ def test_an_empty_response_contributes_nothing_but_is_counted_in_the_mean(name):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_under_the_mask_is_not_hidden(name, bad):
     """A nan weight must not be masked away: the trainer has to see it, skip the step and count it."""
-    for key in ["new"] + ["mu"] * (ALGORITHMS[name].weight != "none" and math.isnan(bad)):
+    uses_mu = "rollout" in (ALGORITHMS[name].anchor, *ALGORITHMS[name].weight.split("/"))
+    for key in ["new"] + ["mu"] * (uses_mu and math.isnan(bad)):
         batch = make_batch()
         batch[key][3, 0] = bad
         output, _ = run(name, batch)
