@@ -71,7 +71,6 @@ def _unsupported(cell) -> list[str]:
     if schedule.get("steps"):  # RL runs on several ranks; other protocols deal whole cells out
         parallel.pop("data", None)
     asked = {
-        "train.engine": train.get("engine") == "moe" and "moe",
         "train.parallel": ", ".join(f"{name} {size}" for name, size in parallel.items()),
     }
     for point in ("kv_cache", "rollout_logits"):  # each follows the sampler's precision

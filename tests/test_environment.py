@@ -120,7 +120,7 @@ def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
 @pytest.mark.parametrize(("settings", "named"), [
     ({"train": {"parallel": {"data": 8}}}, "train.parallel (data 8)"),
     ({"train": {"parallel": {"data": 8, "tensor": 2}}, "schedule": {"steps": 5}}, "train.parallel (tensor 2)"),
-    ({"train": {"engine": "moe"}}, "train.engine (moe)"),
+    ({"train": {"engine": "moe", "parallel": {"data": 8, "expert": 8}}, "schedule": {"steps": 5}}, "train.parallel (expert 8)"),
     ({"precision": {"kv_cache": "fp16"}}, "precision.kv_cache (fp16)"),
     ({"precision": {"rollout": "m3", "rollout_rounded": "products"}}, "precision.rollout_rounded (products)"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Trainers: the training policy pi. dense.py is transformers (and peft)."""
+"""Trainers: the training policy pi. dense.py is transformers (and peft), moe.py is megatron-core."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-from suite.errors import NotRunnable
 from suite.ranks import Ranks
 
 
@@ -27,8 +26,8 @@ def load_trainer(model_path: Path, train: dict, precision: dict, temperature: fl
                  ranks: Ranks = Ranks()) -> Trainer:
     """The trainer that `train` (a resolved settings section) asks for; `seed` draws weights that no checkpoint holds, and
     its gradient steps are taken together with the other `ranks`."""
-    if train["engine"] != "dense":
-        raise NotRunnable(f"train.engine {train['engine']!r} is not part of this version; dense is")
-    from suite.trainers.dense import DenseTrainer
-
-    return DenseTrainer(model_path, train, precision, temperature, seed, ranks)
+    if train["engine"] == "moe":
+        from suite.trainers.moe import MoeTrainer as trainer
+    else:
+        from suite.trainers.dense import DenseTrainer as trainer
+    return trainer(model_path, train, precision, temperature, seed, ranks)

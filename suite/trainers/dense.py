@@ -134,11 +134,7 @@ class DenseTrainer:
         if self._can_train:
             if lora := self._train.get("lora"):
                 points["trainer_adapters"] = f"lora, rank {lora['rank']}, alpha {lora['alpha']}; merged in fp32 for the sampler"
-            points["master_weights"] = _dtypes(self.masters.masters.values())
-            moments = [state["exp_avg"] for state in self.masters.optimizer.state.values()]
-            points |= {"optimizer_state": _dtypes(moments)} if moments else {}
-            if self.masters.gradient_dtypes:
-                points["gradient_reduction"] = "+".join(sorted(self.masters.gradient_dtypes))
+            points |= self.masters.executed()
         return points
 
     def close(self) -> None:

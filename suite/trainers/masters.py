@@ -104,6 +104,14 @@ class MasterWeights:
                 weight.copy_(kept[name])
             self.round()
 
+    def executed(self) -> dict[str, str]:
+        """Dtypes of the live tensors; those of optimizer state and gradients once a step was taken."""
+        moments = [state["exp_avg"] for state in self.optimizer.state.values()]
+        points = {"master_weights": _dtypes(self.masters.values())}
+        points |= {"optimizer_state": _dtypes(moments)} if moments else {}
+        points |= {"gradient_reduction": "+".join(sorted(self.gradient_dtypes))} if self.gradient_dtypes else {}
+        return points
+
     def state_dict(self) -> dict:
         return {"masters": {n: m.detach() for n, m in self.masters.items()}, "optimizer": self.optimizer.state_dict()}
 
@@ -113,3 +121,7 @@ class MasterWeights:
             master.copy_(state["masters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.round()
+
+
+def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
+    return "+".join(sorted({dtype_name(tensor.dtype) for tensor in tensors}))
