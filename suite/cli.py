@@ -133,7 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("task", metavar="TASK")
     _records_flag(verb)
     verb.add_argument(
-        "--evidence", type=Path, metavar="FILE", help="grade rollouts that another framework wrote (parquet or JSONL)"
+        "--evidence", type=Path, metavar="FILE", nargs="+", action="extend",
+        help="grade rollouts that another framework wrote (parquet or JSONL; files, or a folder of them)"
     )
     _run_flags(add("reproduce", "doctor, run, grade and a readable summary"))
 

@@ -120,6 +120,8 @@ def grade(args) -> int:
         print(_nothing_recorded(task, args.runs_dir))
         return EXIT_NOTHING
     rendering.print_verdict(verdict)
+    for note in verdict.get("notes", []):
+        print(f"note: {note}")
     return _last_line(verdict, path)
 
 

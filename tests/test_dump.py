@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from suite import dump, dump_rows
+from suite import dump, dump_files
 from suite.errors import TaskError, UserError
 from suite.mismatch import estimates, prompt_sums
 from suite.task import Task
@@ -74,7 +74,7 @@ def make_rows(arms=("bf16", "fp16"), seeds=(0, 1, 2), num_prompts=4, samples=3, 
                             "prompt_id": f"p{prompt}",
                             "sample_id": sample,
                             "num_prompt_tokens": 3,
-                            "token_ids": list(range(3 + length)),
+                            "token_ids": [prompt, 1, 2, *rng.integers(0, 1000, length).tolist()],
                             "rollout_logprobs": mu,
                             "trainer_logprobs": pi,
                             "finish_reason": "length" if sample == 0 else "stop",
@@ -83,6 +83,10 @@ def make_rows(arms=("bf16", "fp16"), seeds=(0, 1, 2), num_prompts=4, samples=3, 
                         }
                     )
     return rows
+
+
+def runs_of(task, path):
+    return dump.read_dump(task, path).runs
 
 
 def write(path, rows):
@@ -96,7 +100,7 @@ def write(path, rows):
 @pytest.mark.parametrize("name", ["dump.jsonl", "dump.parquet"])
 def test_runs_hold_the_numbers_of_the_tokens(tmp_path, name):
     rows = make_rows()
-    runs = dump.runs_of_dump(make_task(), write(tmp_path / name, rows))
+    runs = runs_of(make_task(), write(tmp_path / name, rows))
     assert [(run.arm, run.seed) for run in runs] == [(arm, seed) for arm in ("bf16", "fp16") for seed in (0, 1, 2)]
     for run in runs:
         mine = [row for row in rows if (row["arm"], row["seed"]) == (run.arm, run.seed)]
@@ -121,10 +125,10 @@ def test_runs_hold_the_numbers_of_the_tokens(tmp_path, name):
 
 def test_folding_early_changes_nothing_but_the_token_statistics(tmp_path, monkeypatch):
     path, task = write(tmp_path / "dump.jsonl", make_rows()), make_task()
-    whole = dump.runs_of_dump(task, path)
+    whole = runs_of(task, path)
     monkeypatch.setattr(dump, "FLUSH_TOKENS", 30)
     monkeypatch.setattr(dump, "KEPT_TOKENS", 100)
-    for a, b in zip(whole, dump.runs_of_dump(task, path)):
+    for a, b in zip(whole, runs_of(task, path)):
         for column, values in a.summary.items():
             if column == "prompt_id":
                 assert values.tolist() == b.summary[column].tolist()
@@ -142,7 +146,7 @@ def test_response_token_ids_and_missing_options_are_accepted(tmp_path):
         for name in ("sample_id", "finish_reason", "reward"):
             del row[name]
     full, bare = (
-        dump.runs_of_dump(make_task(), write(tmp_path / n, r)) for n, r in (("a.jsonl", make_rows()), ("b.jsonl", rows))
+        runs_of(make_task(), write(tmp_path / n, r)) for n, r in (("a.jsonl", make_rows()), ("b.jsonl", rows))
     )
     for a, b in zip(full, bare):
         assert np.array_equal(a.summary["sum_k3"], b.summary["sum_k3"])
@@ -153,13 +157,13 @@ def test_response_token_ids_and_missing_options_are_accepted(tmp_path):
 @pytest.mark.parametrize("name", ["dump.jsonl", "dump.parquet"])
 def test_the_grid_column_takes_the_value_or_its_label(tmp_path, label, name):
     task = make_task(grid={"data.num_terms": [[8, 24], [60, 120]]})
-    runs = dump.runs_of_dump(task, write(tmp_path / name, make_rows(num_terms=label)))
+    runs = runs_of(task, write(tmp_path / name, make_rows(num_terms=label)))
     assert {json.dumps(run.point) for run in runs} == {'{"data.num_terms": [60, 120]}'}
     assert runs[0].record["cell"]["name"] == "bf16.num_terms=60-120.s0"
 
 
 def test_a_single_grid_point_needs_no_column(tmp_path):
-    runs = dump.runs_of_dump(make_task(grid={"data.num_terms": [[8, 24]]}), write(tmp_path / "d.jsonl", make_rows()))
+    runs = runs_of(make_task(grid={"data.num_terms": [[8, 24]]}), write(tmp_path / "d.jsonl", make_rows()))
     assert runs[0].point == {"data.num_terms": [8, 24]}
 
 
@@ -177,14 +181,21 @@ def test_a_single_grid_point_needs_no_column(tmp_path):
         ({"seed": 1.5}, "seed", "integer"),
         ({"seed": True}, "seed", "integer"),
         ({"sample_id": "x"}, "sample_id", "integer"),
+        ({"seed": 3}, "seed", "0, 1, 2"),
         ({"prompt_id": 1.5}, "prompt_id", "string"),
+        ({"prompt_id": "x" * 5000}, "prompt_id", "500 letters"),
+        ({"arm": ["bf16"]}, "arm", "control-floor"),
+        ({"finish_reason": {"type": "stop"}}, "finish_reason", "stop, length"),
+        ({"finish_reason": "abort"}, "finish_reason", "sample it again"),
+        ({"reward": 1e308}, "reward", "finite"),
+        ({"reward": 10**30}, "reward", "finite"),
         ({"finish_reason": "eos"}, "finish_reason", "stop, length"),
         ({"reward": math.inf}, "reward", "finite"),
         ({"token_ids": "abc"}, "token_ids", "list"),
         ({"token_ids": [1, 2, -3, 4]}, "token_ids", "-3"),
         ({"token_ids": [1, 2, 3.5, 4]}, "token_ids", "3.5"),
         ({"token_ids": [1, math.nan]}, "token_ids", "nan"),
-        ({"token_ids": [1, 10**30]}, "token_ids", "an entry"),
+        ({"token_ids": [1, 10**30]}, "token_ids", "at token 1"),
         ({"rollout_logprobs": "abc"}, "rollout_logprobs", "list"),
         ({"response_token_ids": [1]}, "response_token_ids", "either"),
         ({"temperature": 1.0, "extra": 2}, "columns", "['extra', 'temperature']"),
@@ -195,7 +206,7 @@ def test_a_row_that_cannot_be_used_is_refused_with_row_and_field(tmp_path, chang
     rows[16] |= change
     path = write(tmp_path / "dump.jsonl", rows)
     with pytest.raises(TaskError) as refused:
-        dump.runs_of_dump(make_task([CONTROL]), path)
+        runs_of(make_task([CONTROL]), path)
     assert str(path) in str(refused.value) and f"row 17: {field}" in str(refused.value) and says in str(refused.value)
 
 
@@ -206,7 +217,7 @@ def test_a_row_that_cannot_be_used_is_refused_with_row_and_field(tmp_path, chang
         (-math.inf, "-inf"),
         (math.inf, "inf"),
         (1e-3, "0.001"),
-        (None, "no number"),
+        (None, "null at response token"),
         ("x", "x"),
         (True, "True"),
     ],
@@ -216,84 +227,89 @@ def test_a_log_prob_that_is_none_is_refused_with_its_token(tmp_path, bad, shown,
     rows = make_rows()
     rows[5][side][-1] = bad
     with pytest.raises(TaskError, match=f"row 6: {side}.*{shown}"):
-        dump.runs_of_dump(make_task(), write(tmp_path / "dump.jsonl", rows))
+        runs_of(make_task(), write(tmp_path / "dump.jsonl", rows))
     if not isinstance(bad, (str, bool)):
         with pytest.raises(TaskError, match=f"row 6: {side}"):
-            dump.runs_of_dump(make_task(), write(tmp_path / "dump.parquet", rows))
+            runs_of(make_task(), write(tmp_path / "dump.parquet", rows))
 
 
 def test_a_log_prob_of_zero_and_its_rounding_are_accepted(tmp_path):
     rows = make_rows()
-    rows[0]["rollout_logprobs"][0], rows[0]["trainer_logprobs"][0] = 0, 5e-7
-    assert len(dump.runs_of_dump(make_task(), write(tmp_path / "dump.jsonl", rows))) == 6
+    rows[0]["rollout_logprobs"][0], rows[0]["trainer_logprobs"][0] = 0, 9e-6
+    assert len(runs_of(make_task(), write(tmp_path / "dump.jsonl", rows))) == 6
 
 
 def test_duplicates_missing_arms_and_unpaired_seeds_are_refused(tmp_path):
     rows, task = make_rows(), make_task([CONTROL])
     with pytest.raises(TaskError, match=r"row 73: sample_id.*'p0'.*once"):
-        dump.runs_of_dump(task, write(tmp_path / "a.jsonl", [*rows, rows[1]]))
+        runs_of(task, write(tmp_path / "a.jsonl", [*rows, rows[1]]))
     with pytest.raises(TaskError, match=r"needs bf16, fp16.*missing: fp16"):
-        dump.runs_of_dump(task, write(tmp_path / "b.jsonl", make_rows(arms=["bf16", "fp32"])))
+        runs_of(task, write(tmp_path / "b.jsonl", make_rows(arms=["bf16", "fp32"])))
     with pytest.raises(TaskError, match=r"seed.*'fp16': \[0, 1\].*the same seeds"):
-        dump.runs_of_dump(task, write(tmp_path / "c.jsonl", [r for r in rows if (r["arm"], r["seed"]) != ("fp16", 2)]))
+        runs_of(task, write(tmp_path / "c.jsonl", [r for r in rows if (r["arm"], r["seed"]) != ("fp16", 2)]))
 
 
 def test_rewards_must_be_there_when_a_claim_is_about_them(tmp_path):
     rows = make_rows()
     rows[3]["reward"] = None
     path = write(tmp_path / "dump.jsonl", rows)
-    assert dump.runs_of_dump(make_task(), path)
+    assert runs_of(make_task(), path)
     with pytest.raises(TaskError, match="reward of arm bf16, seed 0.*11 of 12"):
-        dump.runs_of_dump(make_task(estimand="reward_mean"), path)
+        runs_of(make_task(estimand="reward_mean"), path)
 
 
 def test_the_grid_column_is_asked_for_and_checked(tmp_path):
     task = make_task(grid={"data.num_terms": [[8, 24], [60, 120]]})
     with pytest.raises(TaskError, match="row 1: num_terms: found None, allowed: 8-24, 60-120"):
-        dump.runs_of_dump(task, write(tmp_path / "a.jsonl", make_rows()))
+        runs_of(task, write(tmp_path / "a.jsonl", make_rows()))
     with pytest.raises(TaskError, match="row 1: num_terms"):
-        dump.runs_of_dump(task, write(tmp_path / "b.jsonl", make_rows(num_terms=[1, 2])))
+        runs_of(task, write(tmp_path / "b.jsonl", make_rows(num_terms=[1, 2])))
 
 
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", "empty file"),
-        (b"\n\n", "the file is empty"),
-        (bytes(range(128, 256)) * 8, "row 1"),
-        (b"PAR1garbage", "not readable as parquet"),
+        (b"", "an empty file"),
+        (b"\n\n", "there are no rows"),
+        (bytes(range(128, 256)) * 8, "line 1"),
+        (b"PAR1garbage", "a readable parquet file"),
         (b"[1, 2]\n", "JSON object"),
-        (b"[" * 100_000, "row 1"),
-        (b'{"arm": "bf16", "arm": "fp16"}\n', "given twice"),
-        (b'{"arm": ', "row 1"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "row 1"),
+        (b"[" * 100_000, "line 1"),
+        (b'{"arm": "bf16", "arm": "fp16"}\n', "twice"),
+        (b'{"arm": ', "line 1"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "line 1"),
+        (b'{"reward": ' + b"1" + b"0" * 400 + b"}", "401 digits"),
+        (b'{"arm": "\xff"}', "line 1"),
+        (b"\x1f\x8bgarbage", "gzip"),
     ],
+    ids=range(12),
 )
 def test_what_is_no_dump_is_refused(tmp_path, content, says):
     path = tmp_path / "dump.bin"
     path.write_bytes(content)
-    with pytest.raises(TaskError, match=says):
-        dump.runs_of_dump(make_task(), path)
+    with pytest.raises(UserError, match=says) as refused:
+        runs_of(make_task(), path)
+    assert str(path) in str(refused.value)
 
 
 def test_an_empty_parquet_file_a_cut_one_and_a_missing_one_are_refused(tmp_path):
     path = write(tmp_path / "whole.parquet", make_rows())
     pq.write_table(pq.read_table(path).slice(0, 0), tmp_path / "empty.parquet")
     (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:-200])
-    for name, says in (("empty.parquet", "empty"), ("cut.parquet", "not readable"), ("none.parquet", "no such file")):
-        with pytest.raises(TaskError, match=says):
-            dump.runs_of_dump(make_task(), tmp_path / name)
+    for name, says in (("empty.parquet", "no rows"), ("cut.parquet", "parquet"), ("none.parquet", "No such file")):
+        with pytest.raises(UserError, match=says):
+            runs_of(make_task(), tmp_path / name)
 
 
 def test_a_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(dump_rows, "MAX_LINE_BYTES", 1000)
-    with pytest.raises(TaskError, match="more than 1000 bytes"):
-        dump.runs_of_dump(make_task(), write(tmp_path / "dump.jsonl", [{"arm": "x" * 2000}]))
+    monkeypatch.setattr(dump_files, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(UserError, match="line 1: found more than 1000"):
+        runs_of(make_task(), write(tmp_path / "dump.jsonl", [{"arm": "x" * 3 * 2**20}]))
 
 
 def test_rl_tasks_are_not_graded_from_a_dump(tmp_path):
     with pytest.raises(UserError, match="'rl'"):
-        dump.runs_of_dump(make_task(protocol="rl"), write(tmp_path / "dump.jsonl", make_rows()))
+        runs_of(make_task(protocol="rl"), write(tmp_path / "dump.jsonl", make_rows()))
 
 
 def swapped(rows):
@@ -340,13 +356,13 @@ def test_controls_that_the_dump_carries_are_judged(tmp_path):
     task = make_task([CONTROL])
     held = dump.grade_evidence(task, write(tmp_path / "held.jsonl", make_rows() + floor))
     assert held["verdict"] == "PASS" and held["controls"][0]["outcome"] == "holds"
-    broken = dump.grade_evidence(task, write(tmp_path / "broken.jsonl", make_rows(["bf16", "fp16", "control-floor"])))
+    broken = dump.grade_evidence(task, write(tmp_path / "broken.jsonl", make_rows() + make_rows(["control-floor"], [0])))
     assert broken["verdict"] == "INVALID" and broken["controls"][0]["outcome"] == "broken"
 
 
 def test_one_seed_is_inconclusive(tmp_path):
     assert (
-        dump.grade_evidence(make_task(), write(tmp_path / "dump.jsonl", make_rows(seeds=[5])))["verdict"]
+        dump.grade_evidence(make_task(), write(tmp_path / "dump.jsonl", make_rows(seeds=[0])))["verdict"]
         == "INCONCLUSIVE"
     )
 
