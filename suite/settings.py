@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from suite.perturbations import PERTURBATIONS
 from suite.precision import DTYPES, FORMATS, ROUNDED_WHERE
 
 Dtype = Literal[*DTYPES]
@@ -262,9 +263,17 @@ class PrecisionSettings(Strict):
     loss_scaling: LossScaling | None = None
 
 
+class PerturbLoss(Strict):
+    """A row of perturbations.py by its name; `format`: that to which the trainer's weights are rounded for it."""
+
+    name: Literal[*PERTURBATIONS]
+    format: RolloutFormat | None = None
+
+
 class Algorithm(Strict):
     """The row of algorithms.py by its name in the paper, and what a task may set on it (algorithms.OVERRIDES; null
-    keeps the row's own). shuffle_rewards: the control in which a step's rewards are handed to other rollouts.
+    keeps the row's own). shuffle_rewards: the control in which a step's rewards are handed to other rollouts. perturb: what
+    the loss is told of the log-probs is changed on purpose.
     """
 
     name: Name | None = None
@@ -281,6 +290,7 @@ class Algorithm(Strict):
     aggregation: str | None = None
     aggregation_length: Positive | None = None
     shuffle_rewards: bool = False
+    perturb: PerturbLoss | None = None
 
 
 class Schedule(Strict):

@@ -75,7 +75,7 @@ class Probe:
 
     def trainer_logprobs(self, trainer) -> np.ndarray:
         """log pi of the probe's response tokens, (T,) float32 nats, with the weights that a coarse wire lets through."""
-        with nullcontext() if FORMATS[self.wire].is_dtype else trainer.moved_weights(_rounder(self.wire)):
+        with nullcontext() if FORMATS[self.wire].is_dtype else trainer.moved_weights(rounder(self.wire)):
             return np.concatenate(trainer.score(self.sequences))
 
     def allowed(self, floor: Gap) -> float:
@@ -132,7 +132,7 @@ def prove_sync(trainer, sampler: Sampler, wire: str, probe: Probe) -> Gap:
     return floor
 
 
-def _rounder(wire: str) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
+def rounder(wire: str) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
     """Rounds each weight, in place, to the format."""
 
     def move(named_tensors) -> None:

@@ -4,14 +4,16 @@ be seen. No torch.
 
 from __future__ import annotations
 
+from suite.algorithms import ALGORITHMS
 from suite.algorithms import resolve as resolve_algorithm
 from suite.errors import TaskError
+from suite.perturbations import PERTURBATIONS
 from suite.precision import COARSE_FORMATS, DTYPES
 from suite.plan import arm_names, grid_points, read_path, resolve
 from suite.strict_yaml import TaskErrors
 from suite.task import Grade, Task
 
-NOT_OF_THE_ROW = ("name", "shuffle_rewards")  # of the algorithm section, but no override of a row
+NOT_OF_THE_ROW = ("name", "shuffle_rewards", "perturb")  # of the algorithm section, but no override of a row
 
 
 def rl_errors(task: Task) -> list[TaskError]:
@@ -19,7 +21,7 @@ def rl_errors(task: Task) -> list[TaskError]:
     if task.protocol != "rl":
         return []
     cells = _resolved(task)
-    checks = (_algorithm, _batch, _held_out, _coarse)
+    checks = (_algorithm, _batch, _held_out, _coarse, _perturbation)
     found = [error for key, settings in cells for check in checks for error in check(task, key, settings)]
     horizon = min((settings["schedule"]["steps"] for key, settings in cells if key.startswith("arms.")), default=0)
     for name, grade in task.grade.items():
@@ -93,6 +95,22 @@ def _coarse(task: Task, key: str, settings: dict) -> list[TaskError]:
     if settings["precision"]["rollout"] in COARSE_FORMATS and settings["train"].get("lora"):
         allowed = f"{', '.join(DTYPES)} with train.lora"
         return [TaskError(task.file, f"{key}.precision.rollout", settings["precision"]["rollout"], allowed)]
+    return []
+
+
+def _perturbation(task: Task, key: str, settings: dict) -> list[TaskError]:
+    """A perturbation says its format iff it has one, and its weight can reach the loss."""
+    perturb = settings["algorithm"].get("perturb")
+    if not perturb:
+        return []
+    row, where = PERTURBATIONS[perturb["name"]], f"{key}.algorithm.perturb"
+    if row.needs_format != bool(perturb["format"]):
+        allowed = f"one of {', '.join(COARSE_FORMATS)}" if row.needs_format else f"nothing: {row.name} rounds nothing"
+        return [TaskError(task.file, f"{where}.format", perturb["format"] or "nothing", allowed)]
+    algorithm = ALGORITHMS.get(settings["algorithm"]["name"])
+    if row.weighs_tokens and algorithm and (algorithm.weight, algorithm.correction_level) != ("old/rollout", "token"):
+        allowed = "an algorithm that weighs tokens by old/rollout, such as GRPO-Token-TIS with cap 1.0e+9"
+        return [TaskError(task.file, f"{where}.name", f"{row.name} with {algorithm.name}", allowed)]
     return []
 
 

@@ -142,3 +142,16 @@ def _errors(tmp_path, text):
         return check(task_of(tmp_path, text, claim("threshold", GRADE)))[0]
     except TaskErrors as found:
         return found.errors
+
+
+@pytest.mark.parametrize(("algorithm", "said"), [
+    ("GRPO-Token-TIS, cap: 1.0e+9, perturb: {{name: permuted, format: m1}}", None),
+    ("GRPO, perturb: {{name: aligned}}", None),
+    ("GRPO-Token-TIS, perturb: {{name: permuted}}", "perturb.format: found 'nothing', allowed: one of m0, m1"),
+    ("GRPO-Token-TIS, perturb: {{name: biased-low, format: m1}}", "perturb.format: found 'm1', allowed: nothing: biased-low rounds nothing"),
+    ("GRPO, perturb: {{name: rounded, format: m1}}", "perturb.name: found 'rounded with GRPO', allowed: an algorithm that weighs tokens"),
+    ("GRPO, perturb: {{name: louder}}", "perturb.name: found 'louder', allowed: rounded, permuted"),
+])  # fmt: skip
+def test_a_perturbation_that_cannot_act_is_refused(tmp_path, algorithm, said):
+    found = [str(error) for error in _errors(tmp_path, RL.replace("name: GRPO", f"name: {algorithm}"))]
+    assert found == [] if said is None else any(said in error for error in found), found

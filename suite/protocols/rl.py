@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,13 +36,14 @@ from suite.errors import UserError
 from suite.evidence import flat, num_response_tokens, summarise
 from suite.losses import advantages
 from suite.mismatch import estimates, token_statistics
+from suite.perturbations import perturbed
 from suite.plan import Cell
 from suite.precision import FORMATS, Precision
 from suite.protocols import Session
 from suite.protocols.engines import Engines, run_one_by_one
-from suite.ranks import ReplicaError
+from suite.ranks import Ranks, ReplicaError
 from suite.record import read_evidence
-from suite.sync import Probe, prove_sync, sync_weights
+from suite.sync import Probe, prove_sync, rounder, sync_weights
 from suite.watch import by_advantage
 from suite.writer import RunWriter
 
@@ -59,7 +61,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     schedule = cell.settings["schedule"]
     num_steps = min(schedule["steps"], session.limit or schedule["steps"])
     settings = dict(cell.settings["algorithm"])
-    shuffle_rewards = settings.pop("shuffle_rewards", False)
+    shuffle_rewards, perturb = settings.pop("shuffle_rewards", False), settings.pop("perturb", None)
     algorithm = resolve(settings.pop("name"), **settings)
     prompts = load_prompts(cell.settings["data"], cell.get("data.seed", None) or 0)
     held_out = load_held_out(cell.settings["data"])
@@ -113,6 +115,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         whole = _whole_batch(rollouts, sequences, trainer_logprobs, taught, algorithm, cell)
         logprobs = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
         row |= by_advantage(*logprobs, whole.advantages, num_response_tokens(evidence))
+        if perturb:
+            whole = _perturbed(whole, perturb, trainer, ranks, request_seed(cell.seed, "perturb", step))
         parts = _minibatches(batch, rollouts, schedule["minibatches"], cell.seed, step)
         updates = [trainer.update(whole.rows(part), algorithm) for part in parts]
         clock.lap("t_train_s")
@@ -214,6 +218,16 @@ def _whole_batch(rollouts, sequences, trainer_logprobs, rewards, algorithm: Algo
         advantages=advantages(torch.tensor(rewards), torch.from_numpy(groups), algorithm.advantage).float().numpy(),
         length_norm=cell.get("rollout.max_tokens"),
     )
+
+
+def _perturbed(whole: MiniBatch, perturb: dict, trainer, ranks: Ranks, seed: int) -> MiniBatch:
+    """The batch with log-probs changed as the task says, after everything about the real ones was recorded."""
+    coarse = None
+    if perturb["format"]:
+        with trainer.moved_weights(rounder(perturb["format"])):
+            coarse = ranks.spread(whole.sequences, trainer.score)
+    old, rollout = perturbed(perturb["name"], whole.old_trainer_logprobs, whole.rollout_logprobs, coarse, seed)
+    return replace(whole, old_trainer_logprobs=old, rollout_logprobs=rollout)
 
 
 def _minibatches(prompts: list[Prompt], rollouts: list[Rollout], num: int, seed: int, step: int) -> list[list[int]]:
