@@ -51,9 +51,9 @@ def test_an_rl_figure_has_reward_mismatch_on_log_axes_largest_differences_and_th
 
 
 def test_several_arms_of_one_precision_have_colours_of_their_own():
-    styles = plots_rl._styles(["bf16", "fp16", "fp16-a", "fp16-b", "fp16-c"])
+    styles = plots_rl.styles_of(["bf16", "fp16", "fp16-a", "fp16-b", "fp16-c"])
     assert len({style["color"] for style in styles.values()}) == 5
-    assert plots_rl._styles(["fp16", "fp16-unscaled"])["fp16-unscaled"]["color"] == plots_rl._styles(["fp16"])["fp16"]["color"]
+    assert plots_rl.styles_of(["fp16", "fp16-unscaled"])["fp16-unscaled"]["color"] == plots_rl.styles_of(["fp16"])["fp16"]["color"]
 
 
 def test_the_papers_curve_is_found_by_the_algorithms_name_and_no_other_is_taken_for_it():

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from suite.mismatch import concat_sums, estimates
 from suite.record import Run
+from suite.report.plots_fall import lead_text, plot_fall
 from suite.report.plots_rl import paper_curve, plot_rl
 from suite.report.points import read_points
 from suite.report.svg import LINE_STYLES, MARKERS, STYLE, colour, dots, note, plt, scientific, to_svg
@@ -89,7 +90,10 @@ def _rl(runs: list[Run]) -> list[Figure]:
     curve = paper_curve(*algorithms) if len(algorithms) == 1 else None
     text = "Training reward, mismatch before each update, and the largest probability differences, per iteration."
     text += " Dotted: the paper's smoothed curve, on the upper axis." if curve else ""
-    return [Figure("training", plot_rl(chosen, curve), text)]
+    found = [Figure("training", plot_rl(chosen, curve), text)]
+    if leads := lead_text(chosen):
+        found.append(Figure("fall", plot_fall(chosen), f"What moves when the reward falls. {leads}"))
+    return found
 
 
 def offline_arms(runs: list[Run]) -> dict[str, dict[str, Arm]]:

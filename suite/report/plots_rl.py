@@ -32,11 +32,11 @@ def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
     """
     figure, axes = plt.subplots(4, 1, figsize=(7.2, 9.6), sharex=True, layout="constrained")
     panels = (("reward_mean",), ("k3_nats_per_token",), ("prob_diff_mean",), ("prob_diff_max", "prob_diff_min"))
-    styles = _styles(sorted({run.arm for run in runs}))
+    styles = styles_of(sorted({run.arm for run in runs}))
     for panel, names in zip(axes, panels):
         for name in names:
-            for arm, series in _series(runs, name).items():
-                _draw(panel, arm, series, styles[arm], label=name == names[0])
+            for arm, series in series_of(runs, name).items():
+                draw_series(panel, arm, series, styles[arm], label=name == names[0])
     axes[0].set(ylabel="training reward", ylim=(0, 1.02))
     axes[1].set(ylabel="k3 (nats per token)", yscale="log")
     axes[2].set(ylabel="mean |π − μ|", yscale="log")
@@ -60,7 +60,7 @@ def read_curve(path: Path) -> dict[str, np.ndarray]:
     return {name: np.array([point for point in points if point[0] >= 0]) for name, points in curves.items()}
 
 
-def _series(runs: list[Run], name: str) -> dict[str, list[np.ndarray]]:
+def series_of(runs: list[Run], name: str) -> dict[str, list[np.ndarray]]:
     """{arm: one (steps, 2) array of step and value per run}, bf16 first; runs without the metric are left out."""
     found = {}
     for run in sorted(runs, key=lambda run: (run.arm, run.seed)):
@@ -70,7 +70,7 @@ def _series(runs: list[Run], name: str) -> dict[str, list[np.ndarray]]:
     return found
 
 
-def _styles(arms: list[str]) -> dict[str, dict]:
+def styles_of(arms: list[str]) -> dict[str, dict]:
     """How each arm is drawn: in the colour of its precision, the first word of its name, dashed if the name has more words.
     Of several such arms of one precision each has a colour of its own."""
     styles = {}
@@ -82,7 +82,7 @@ def _styles(arms: list[str]) -> dict[str, dict]:
     return styles
 
 
-def _draw(axes, arm: str, series: list[np.ndarray], style: dict, label: bool) -> None:
+def draw_series(axes, arm: str, series: list[np.ndarray], style: dict, label: bool) -> None:
     """Every seed as a thin line, their mean as a thick one."""
     for points in series:
         axes.plot(points[:, 0], points[:, 1], color=style["color"], linewidth=0.7, alpha=0.45)
