@@ -149,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb = add("verify", "recompute every published verdict")
     verb.add_argument("target", nargs="?", metavar="TASK|BUNDLE")
     verb = add("bundle", "what one would publish, in one file to send; `verify` checks it")
+    verb.add_argument("--dry-run", action="store_true", help="show what it would hold and tell, and write nothing")
     verb.add_argument("task", metavar="TASK")
     verb.add_argument("--out", type=Path, metavar="FILE", help="default: TASK.tar.gz")
     _records_flag(verb)

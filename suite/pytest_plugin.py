@@ -12,7 +12,6 @@ With --bench all items share one xdist worker: two engines on one machine slow e
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -103,6 +102,7 @@ def confirm_published(path: Path, repo: Path) -> str:
 
     Raises TaskFailure if the task does not validate or a recomputed verdict is not the published one.
     """
+    from suite.report.published import read_verdict
     from suite.report.verifying import folder_differences
     from suite.task import load_task
     from suite.validate import validate_file
@@ -114,7 +114,7 @@ def confirm_published(path: Path, repo: Path) -> str:
     verdicts = sorted((repo / "results" / task.id).glob("*/verdict.json"))
     if differences := [line for verdict in verdicts for line in folder_differences(verdict.parent, {task.id: task})]:
         raise TaskFailure("\n".join(differences))
-    found = [json.loads(verdict.read_text())["verdict"] for verdict in verdicts]
+    found = [read_verdict(verdict)["verdict"] for verdict in verdicts]
     return min(found, key=GRAVITY.index, default="NOT_RUN")
 
 

@@ -157,18 +157,20 @@ def print_claim(claim_id: str, tasks: dict[str, Task], repo: Path) -> None:
 
 
 def _published_rows(task: Task, claim: Claim, results: Path) -> list[tuple[str, str, str, str]]:
+    from suite.report.published import read_verdict
+
     rows = []
     for path in sorted((results / task.id).glob("*/verdict.json")):
-        verdict = json.loads(path.read_text())
+        verdict = read_verdict(path)
         for found in verdict["claims"]:
             if found["id"] == claim.id:
                 interval = region_text(found["interval"]) if found.get("interval") else ""
                 rows.append(
                     (
-                        verdict["fingerprint"],
+                        escape(str(verdict["fingerprint"])),
                         number_text(found.get("estimate")),
                         interval,
-                        found.get("verdict") or "reported",
+                        escape(found.get("verdict") or "reported"),
                     )
                 )
     return rows

@@ -193,13 +193,15 @@ def bundle(args) -> int:
 
     task = require_valid(load_task(args.task))
     out = args.out or Path(f"{task.id}.tar.gz")
-    folders = bundle_task(task, args.runs_dir, out)
-    if not folders:
+    held = bundle_task(task, args.runs_dir, None if args.dry_run else out)
+    if not held.folders:
         print(_nothing_recorded(task, args.runs_dir))
         return EXIT_NOTHING
-    for folder in folders:
-        print(folder)
-    print(f"written: {out}; whoever gets it: suite verify {out.name}")
+    for folder in held.folders:
+        inside = [size for name, size in held.files.items() if name.startswith(f"{folder}/")]
+        print(f"{folder}: {len(inside)} files, {sum(inside)} bytes")
+    print("\n".join(["besides numbers and the task's text it tells:", *(f"  {line}" for line in held.tells)]))
+    print("nothing written: --dry-run" if args.dry_run else f"written: {out}; whoever gets it: suite verify {out.name}")
     return 0
 
 

@@ -13,13 +13,14 @@ import pyarrow as pa
 
 from fakes import executed_as
 
-from suite import record
+from suite import environment, record
 from suite.mismatch import estimates, prompt_sums
 from suite.plan import plan
 from suite.task import load_task
 from suite.writer import open_run
 
-FINGERPRINT = "cpu-test_none-0_torch-0"
+MACHINE = {"os": "test", "cpu": {"class": "test", "num_cores": 1}, "gpus": [], "torch_build": None, "packages": {}}
+FINGERPRINT = environment.fingerprint(MACHINE)
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8, "fp32": 2.0**-20}
 TASK = """\
 schema: 1
@@ -34,7 +35,7 @@ claims:
   - {id: C2-seq, about: C2, kind: report, statement: "Sequence-level KL | as the paper prints it."}
 model: {id: tiny, revision: "1", sha256: "SHA", family: qwen2, dtype_on_disk: bf16}
 data: {id: running-sums, revision: "1", sha256: "SHA", template: desk, num_prompts: 6}
-rollout: {engine: hf, samples_per_prompt: 8, temperature: 1.0, top_p: 1.0, max_tokens: 64, max_model_len: 128,
+rollout: {engine: hf, samples_per_prompt: 8, temperature: 1.0, top_p: 1.0, max_tokens: 400, max_model_len: 512,
           prompts_per_batch: 6, max_num_seqs: 8}
 train: {engine: dense, score_batch_size: 4, attention: eager}
 arms:
@@ -100,29 +101,27 @@ def sums_of(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def make_runs(
-    repo: Path, environment: dict | None = None, fresh: bool = False, noise: dict = NOISE, task: str = "desk-tiny"
+    repo: Path, machine: dict | None = None, fresh: bool = False, noise: dict = NOISE, task: str = "desk-tiny"
 ) -> list:
     """Every cell of the task as a finished run below repo/runs, written by the real writer."""
     task = load_task(repo / "tasks" / "desk" / f"{task}.yaml")
-    return [_make_run(repo / "runs", task, cell, environment or {"os": "test"}, fresh, noise) for cell in plan(task)]
+    return [_make_run(repo / "runs", task, cell, MACHINE | (machine or {}), fresh, noise) for cell in plan(task)]
 
 
-def _make_run(runs_root: Path, task, cell, environment: dict, fresh: bool, noise: dict):
-    writer = open_run(runs_root, task, cell, environment, FINGERPRINT, fresh=fresh)
+def _make_run(runs_root: Path, task, cell, machine: dict, fresh: bool, noise: dict):
+    writer = open_run(runs_root, task, cell, machine, FINGERPRINT, fresh=fresh)
     if isinstance(writer, record.Run):
         return writer
     pair = cell.get("precision.rollout"), cell.get("precision.train")
     table = evidence(max(noise[name] for name in pair), cell.seed + 100 * fresh)
     sums = sums_of(table)
     now = {name: float(value) for name, value in estimates(sums).items()}
-    writer.append({"step": 0, **now}, table)
-    counts = {
-        "num_prompts": 6,
-        "num_rollouts": table.num_rows,
-        "num_response_tokens": int(sums["num_response_tokens"].sum()),
-    }
+    counts = {"num_rollouts": table.num_rows, "num_response_tokens": int(sums["num_response_tokens"].sum())}
+    writer.append({"step": 0, **counts, **now}, table)
+    counts |= {"num_prompts": 6}
     executed = executed_as(cell.settings["precision"])
-    return writer.finish("success", summary=sums, counts=counts, series_summary=now, precision_executed=executed)
+    weights = {"sha256": "a" * 64, "revision": "1"}
+    return writer.finish("success", summary=sums, counts=counts, series_summary=now, precision_executed=executed, weights=weights)
 
 
 def rewrite_record(path: Path, **changes) -> None:

@@ -18,9 +18,10 @@ import pytest
 import suite.report
 from suite.mismatch import estimates
 from suite.record import find_runs
-from suite.report import points, publishing, readme, rows, tables
+from suite.report import points, readme, rows, scrubbing, tables
 from suite.report.generate import generated_files
-from suite.report.publishing import publish_task, scrub, scrub_text
+from suite.report.publishing import publish_task, published_runs
+from suite.report.scrubbing import scrub, scrub_text
 from suite.task import load_all, load_task
 
 HOST, USER = "builder-17.lab.example", "someuser"
@@ -70,7 +71,7 @@ def row(**changes) -> rows.Row:
 
 
 def test_every_cell_is_published_with_all_its_files(repo):
-    runs = find_runs(repo / "results", "desk-tiny")
+    runs = published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)
     assert len(runs) == 6
     for run in runs:
         names = {path.name for path in run.folder.iterdir()}
@@ -78,7 +79,7 @@ def test_every_cell_is_published_with_all_its_files(repo):
 
 
 def test_published_sums_give_the_raw_estimates(repo):
-    raw, out = find_runs(repo / "runs", "desk-tiny"), find_runs(repo / "results", "desk-tiny")
+    raw, out = find_runs(repo / "runs", "desk-tiny"), published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)
     for a, b in zip(raw, out, strict=True):
         assert (a.arm, a.seed) == (b.arm, b.seed) and a.metrics == b.metrics
         assert estimates(a.summary) == estimates(b.summary)
@@ -113,44 +114,96 @@ def test_scrub_drops_keys_that_hold_names_at_any_depth():
 
 
 def test_a_user_who_is_called_like_an_arm_changes_no_cell(monkeypatch):
-    monkeypatch.setattr(publishing, "_own_names", lambda: ["bf16", "desk"])
+    monkeypatch.setattr(scrubbing, "own_names", lambda: ["bf16", "desk"])
     record = {"task": {"id": "desk-tiny"}, "cell": {"arm": "bf16", "path": "/home/desk/x"}, "error": {"message": "desk: no"},
               "environment": {"user": "desk", "note": "on desk"}}  # fmt: skip
-    assert publishing.scrub_record(record) == {
+    assert scrubbing.scrub_record(record) == {
         "task": {"id": "desk-tiny"}, "cell": {"arm": "bf16", "path": "<path>/x"}, "error": {"message": "<name>: no"},
         "environment": {"note": "on <name>"},
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("text, gone, kept", [
+    ("https://me:hunter2@hub.acme.com/models?token=abc failed", ["me:", "hunter2", "acme", "abc"], ["failed"]),
+    ("https://huggingface.co/x/y?token=hf_abcdefghijklm", ["hf_", "abcdef"], ["https://huggingface.co/x/y"]),
+    ("token hf_abcdefghijklm, sk-proj-0123456789, ghp_0123456789abcdef", ["hf_", "sk-", "ghp_", "6789"], ["token"]),
+    ("Authorization: Bearer abc.def; password=hunter2; api_key: 'x y'", ["abc", "hunter2"], ["Authorization", "password"]),
+    ("mail jane.doe@lab.example", ["jane", "lab.example"], ["mail"]),
+    ("10.3.4.5:29500 and fe80::1ff:fe23:4567:890a refused", ["10.3", "29500", "fe80", "890a"], ["refused"]),
+    ("builder-17.lab.example, builder-18, x.lab.example, node-3:29500", ["builder", "lab.example", "node-3"], []),
+    ("open /home/me/My Documents/secret project/x failed", ["Documents", "secret", "project"], ["open <path>/x failed"]),
+    ("'/home/me/My Documents/plan b/x y.txt' is missing", ["Documents", "plan"], ["'<path>/x y.txt' is missing"]),
+    ("~/plans/acme/x", ["plans", "acme"], ["<path>/x"]),
+    ("grad_norm 3.5, vllm 0.32.0, torch.nn.Linear in config.json:12, 12:30:59, a/b", [],
+     ["grad_norm 3.5, vllm 0.32.0, torch.nn.Linear in config.json:12, 12:30:59, a/b"]),
+])  # fmt: skip
+def test_secrets_addresses_names_and_folders_leave_a_free_text_and_nothing_else_does(text, gone, kept, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: HOST)
+    monkeypatch.setattr(getpass, "getuser", lambda: USER)
+    found = scrub_text(text)
+    assert not [word for word in gone if word in found], found
+    assert all(word in found for word in kept), found
+
+
+def test_only_listed_variables_are_published_and_none_whose_value_could_be_a_name():
+    env = {"VLLM_AUTH": "a", "VLLM_EMAIL": "b", "TORCH_DSN": "c", "OMP_NUM_THREADS": "2", "VLLM_ATTENTION_BACKEND": "me@lab/x"}
+    assert scrub({"env": env}) == {"env": {"OMP_NUM_THREADS": "2", "VLLM_ATTENTION_BACKEND": "<value>"}}
+
+
+def test_names_leave_the_comments_of_a_task_and_its_settings_stay(monkeypatch):
+    monkeypatch.setattr(getpass, "getuser", lambda: USER)
+    text = f"# asked for by {USER}\nid: {USER}  # jane@lab.example has it in /home/jane/My Notes/x\nstatement: 'a # b'"
+    said = scrubbing.scrub_record({"task": {"text": text}})["task"]["text"]
+    assert said == f"# asked for by <name>\nid: {USER}  # <e-mail> has it in <path>/x\nstatement: 'a # b'"
+
+
+HOSTILE = ['<img src=x onerror=alert(1)>', "[click](javascript:alert(1))", "a | b | c", "=1+1", "@x", "two\nlines\r\x1b[31m", "\\input{x} $x$ %"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_of_strangers_is_data_in_every_format(text):
+    hostile = row(statement=text, reason=text, title=text, fingerprint=text, task=readme.DEFAULT_TASK)
+    for shown in (tables.markdown([hostile]), readme.section([hostile])):
+        assert not [mark for mark in ("<img", "](javascript", "\x1b", "\r") if mark in shown]
+        for line in shown.splitlines():
+            columns = line.replace("\\|", "").count("|") if line.startswith("|") else 0
+            assert columns in (0, 6, 11), line
+    assert "\\input" not in tables.latex([hostile])
+    for cells in list(csv.reader(io.StringIO(tables.comma_separated([hostile]))))[1:]:
+        assert not any(cell[:1] in ("=", "+", "@", "\t", "\r") for cell in cells)
+    assert tables.comma_separated([row(estimate=-1.5)]).count("-1.5") == 1, "numbers stay numbers"
+
+
 def test_a_fresh_attempt_is_published_beside_the_first_and_publishing_again_adds_nothing(repo):
-    first = {run.folder for run in find_runs(repo / "results", "desk-tiny")}
+    first = {run.folder for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)}
     fakes.make_runs(repo, fresh=True)
     for _ in range(2):
         publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
-        after = {run.folder for run in find_runs(repo / "results", "desk-tiny")}
+        after = {run.folder for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)}
         assert len(after) == 12 and first < after
         assert all(folder.name.endswith(".2") for folder in after - first)
 
 
 def test_another_run_never_overwrites_a_published_one(repo):
-    before = {run.folder: run.record for run in find_runs(repo / "results", "desk-tiny")}
+    before = {run.folder: run.record for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)}
     record = next((repo / "runs").rglob("record.json"))
     fakes.rewrite_record(record, started_utc="1999-01-01T00:00:00Z")
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
-    after = {run.folder: run.record for run in find_runs(repo / "results", "desk-tiny")}
+    after = {run.folder: run.record for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)}
     assert len(after) == 7 and all(after[folder] == record for folder, record in before.items())
 
 
-def test_unfinished_limited_and_older_runs_are_not_published(repo):
+def test_limited_planned_and_older_runs_are_not_published_and_killed_ones_are(repo):
     shutil.rmtree(repo / "results")
     for record, change in zip(
-        sorted((repo / "runs").rglob("record.json")), ({"status": "running"}, {"limit": 4}, {"task": None})
+        sorted((repo / "runs").rglob("record.json")), ({"status": "planned"}, {"limit": 4}, {"task": None}, {"status": "killed"})
     ):
         value = json.loads(record.read_text())
         change = change if "task" not in change else {"task": value["task"] | {"version": 99}}
         fakes.rewrite_record(record, **change)
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
-    assert len(find_runs(repo / "results", "desk-tiny")) == 3
+    assert len(published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)) == 3
+    assert "killed" in {run.status for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)}
 
 
 def test_a_failed_run_is_published_and_gives_way_to_its_own_resumption(repo):
@@ -162,16 +215,16 @@ def test_a_failed_run_is_published_and_gives_way_to_its_own_resumption(repo):
     assert json.loads((folder_of(repo) / "verdict.json").read_text())["verdict"] == "ERROR"
     fakes.rewrite_record(record, status="success", error=None)
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
-    assert {run.status for run in find_runs(repo / "results", "desk-tiny")} == {"success"}
-    assert len(find_runs(repo / "results", "desk-tiny")) == 6
+    assert {run.status for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)} == {"success"}
+    assert len(published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)) == 6
 
 
 def test_a_new_version_replaces_the_runs_of_the_old_one(repo):
     fakes.checkout(repo, fakes.TASK.replace("\nversion: 1", "\nversion: 2"))
     fakes.make_runs(repo)
     publish_task(load_task("desk-tiny"), repo / "runs", repo / "results")
-    assert {run.record["task"]["version"] for run in find_runs(repo / "results", "desk-tiny")} == {2}
-    assert len(find_runs(repo / "results", "desk-tiny")) == 6
+    assert {run.record["task"]["version"] for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)} == {2}
+    assert len(published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)) == 6
 
 
 def test_nothing_recorded_is_exit_14(repo):
@@ -188,7 +241,7 @@ def test_metrics_are_zipped_without_time_or_name(repo):
 def test_a_published_task_is_small(repo):
     sizes = [path.stat().st_size for path in folder_of(repo).rglob("*") if path.is_file()]
     per_cell = max(
-        sum(p.stat().st_size for p in run.folder.iterdir()) for run in find_runs(repo / "results", "desk-tiny")
+        sum(p.stat().st_size for p in run.folder.iterdir()) for run in published_runs(repo / "results", "desk-tiny", fakes.FINGERPRINT)
     )
     assert per_cell < 85_000 and sum(sizes) < 1_000_000  # 30 cells and their figures stay below 3 MB
 

@@ -55,11 +55,13 @@ def verify(target: str | None = None, results_dir: Path = Path("results")) -> in
     """Recompute every published verdict (of one task, or of a bundle) and compare it with the one that stands there."""
     from suite.report.verifying import verify_published
 
-    checked, differences = verify_published(target, Path(results_dir))
-    for line in differences:
+    found = verify_published(target, Path(results_dir))
+    for line in found.differences:
         print(line)
-    if not checked:
+    for line in found.remarks:
+        print(f"remark: {line}")
+    if not found.checked and not found.differences:
         print(f"nothing published{f' for {target}' if target else ''} in {results_dir}")
         return EXIT_NOTHING
-    print(f"{len(checked)} published verdicts recomputed, {len(differences)} differences")
-    return EXIT_DIFFERENT if differences else 0
+    print(f"{len(found.checked)} published verdicts recomputed, {len(found.differences)} differences")
+    return EXIT_DIFFERENT if found.differences else 0

@@ -8,15 +8,15 @@ they are: only the lines about figures are generated, so that regenerating can n
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
+from suite.door import read_bytes
 from suite.record import write_atomic
 from suite.report import page, plots, readme, tables
+from suite.report.escaping import escape_address, escape_markdown
+from suite.report.published import MANIFEST, VERDICT, exists, read_manifest, read_verdict, records_of
 from suite.report.publishing import fingerprint_folders, published_runs
 from suite.report.rows import result_rows
-
-MANIFEST = "MANIFEST.sha256"
 
 
 def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
@@ -24,10 +24,11 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     rows = result_rows(results_dir, tasks)
     files, figures, matrices, arms = {}, [], [], []
     for folder in fingerprint_folders(results_dir):
-        runs = published_runs(results_dir, folder.parent.name, folder.name)
-        drawn = plots.figures(folder.parent.name, runs)
-        matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
-        arms.append(tables.arm_table(json.loads((folder / "verdict.json").read_text())))
+        with records_of(folder):
+            runs = published_runs(results_dir, folder.parent.name, folder.name)
+            drawn = plots.figures(folder.parent.name, runs)
+            matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
+            arms.append(tables.arm_table(read_verdict(folder / VERDICT)))
         place = folder.relative_to(results_dir).as_posix()
         files |= {f"{place}/figures/{figure.name}.svg": figure.svg for figure in drawn}
         files[f"{place}/{MANIFEST}"] = _manifest(folder, {f"figures/{f.name}.svg": f.svg for f in drawn})
@@ -47,11 +48,8 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
 
 
 def _manifest(folder: Path, figures: dict[str, bytes]) -> bytes:
-    path = folder / MANIFEST
-    lines = path.read_text().splitlines() if path.exists() else []
-    listed = {
-        name: digest for digest, name in (line.split("  ", 1) for line in lines) if not name.startswith("figures/")
-    }
+    listed = read_manifest(folder / MANIFEST) if exists(folder / MANIFEST) else {}
+    listed = {name: digest for name, digest in listed.items() if not name.startswith("figures/")}
     listed |= {name: hashlib.sha256(data).hexdigest() for name, data in figures.items()}
     return "".join(f"{listed[name]}  {name}\n" for name in sorted(listed)).encode()
 
@@ -61,8 +59,12 @@ def _figure_sections(figures: list[tuple[str, str, str, str]]) -> list[str]:
         return []
     return [
         "## Figures",
-        *(f"### {task} on {hardware}\n\n![{text}]({path})\n\n{text}" for task, hardware, path, text in figures),
+        *(_figure_section(*map(escape_markdown, (task, hardware, text)), escape_address(path)) for task, hardware, path, text in figures),
     ]
+
+
+def _figure_section(task: str, hardware: str, text: str, address: str) -> str:
+    return f"### {task} on {hardware}\n\n![{text}]({address})\n\n{text}"
 
 
 def changed_files(results_dir: Path, files: dict[str, bytes]) -> dict[str, str]:
@@ -70,9 +72,9 @@ def changed_files(results_dir: Path, files: dict[str, bytes]) -> dict[str, str]:
     changes = {}
     for name, data in files.items():
         path = results_dir / name
-        if not path.exists():
+        if not exists(path):
             changes[name] = "missing"
-        elif path.read_bytes() != data:
+        elif read_bytes(path) != data:
             changes[name] = "different"
     there = (path.relative_to(results_dir).as_posix() for path in results_dir.glob("*/*/figures/*"))
     return changes | {name: "no longer generated" for name in there if name not in files}

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from suite.door import read_parquet
 from suite.evidence import flat, num_response_tokens
 from suite.record import write_parquet
 from suite.resolved import bin_sums, token_property
@@ -123,9 +124,13 @@ def write_points(path: Path, points: dict[str, dict[str, np.ndarray]]) -> None:
     write_parquet(path, pa.concat_tables(tables).combine_chunks())
 
 
+def _is_plain(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
 def read_points(path: Path) -> dict[str, dict[str, np.ndarray]]:
     """The inverse of write_points: {kind: {column: values}}, only the columns that the kind fills."""
-    table = pq.read_table(path)
+    table = read_parquet(path, {"kind": pa.types.is_string} | dict.fromkeys(_COLUMNS, _is_plain), max_rows=1_000_000)
     kinds = np.asarray(table["kind"].to_pylist(), dtype=object)
     columns = {name: table[name] for name in _COLUMNS}
     points = {}

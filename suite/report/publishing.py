@@ -4,35 +4,27 @@
         record.json  metrics.jsonl.gz  evidence_summary.parquet  plot_points.parquet
     results/<task>/<fingerprint>/verdict.json  figures/*.svg  MANIFEST.sha256
 
-Every finished run of the task's current version is published, each attempt of a cell in a folder of its own, as in
-runs/; what was published before stays, except that a failed run gives way to its own resumption once that has finished.
+Every run of the task's current version that was begun is published, each attempt of a cell in a folder of its own, as in
+runs/; what was published before stays, except that an unfinished run gives way to its own resumption.
 Runs of an older version leave with the first publication of a newer one.
 The verdict is computed from the published files, never copied, so that anyone can compute it again.
 """
 
 from __future__ import annotations
 
-import getpass
 import gzip
 import json
-import re
 import shutil
-import socket
 from pathlib import Path
 
 from suite.files import json_safe, write_atomic, write_json
-from suite.record import FINISHED, Run, find_runs, read_metrics, write_manifest
+from suite.record import FINISHED, STATUSES, Run, find_runs, read_metrics, write_manifest
 from suite.report.points import plot_points, write_points
+from suite.report.published import VERDICT, read_published, read_record, run_folders
+from suite.report.scrubbing import scrub, scrub_record
 
-PUBLISHED_STATUSES = (*FINISHED, "invalidated", "failed")  # a failed cell counts as ERROR; hiding it would be choosing
-_PRIVATE_KEYS = {"hostname", "host", "node_name", "user", "username", "cwd", "home"}
-# An absolute path: a slash that does not follow a word, a dot, another slash, a colon or a placeholder, then at least
-# two components, or one below a well-known root. Fractions (a/b), URLs and relative paths do not match.
-_PART = r"[^\s/'\",;:()\[\]{}<>|]+"
-_ABSOLUTE = re.compile(
-    rf"(?<![\w./:<>\])-])(?:file://)?/(?:(?:{_PART}/)+(?P<name>{_PART})?|(?:home|root|tmp|work|mnt|data|Users)\b)"
-)
-_WINDOWS = re.compile(r"\b[A-Za-z]:\\(?:[^\s\\'\"]+\\)*(?P<name>[^\s\\'\"]*)")
+# Whatever was begun: a launch that failed or was killed is seen by whoever grades, and hiding it would be choosing.
+PUBLISHED_STATUSES = tuple(status for status in STATUSES if status != "planned")
 
 
 def publish_task(task, runs_dir: Path, results_dir: Path) -> list[Path]:
@@ -47,67 +39,22 @@ def publish_task(task, runs_dir: Path, results_dir: Path) -> list[Path]:
     return [folder for folder in folders if _seal(task, folder)]
 
 
-_FREE_TEXT = ("environment", "earlier_environments", "error", "recovered", "diverged")  # of a record: may name a machine
-
-
-def scrub_record(record: dict) -> dict:
-    """A record without absolute paths, and without host and user names where text of the machine's own can stand; never
-    elsewhere, since a user may well be called like an arm or a task."""
-    return {key: scrub(value, names=key in _FREE_TEXT) for key, value in record.items()}
-
-
-def scrub(value, names: bool = True):
-    """The same JSON value without absolute paths and, with `names`, without host and user names.
-
-    An absolute path keeps its last component ("<path>/name"); keys that only hold such names are dropped.
-    """
-    if isinstance(value, dict):
-        return {scrub(k, names): scrub(v, names) for k, v in value.items() if str(k).lower() not in _PRIVATE_KEYS}
-    if isinstance(value, (list, tuple)):
-        return [scrub(item, names) for item in value]
-    return scrub_text(value, names) if isinstance(value, str) else value
-
-
-def scrub_text(text: str, names: bool = True) -> str:
-    text = _ABSOLUTE.sub(_last_component, text)
-    text = _WINDOWS.sub(_last_component, text)
-    for name in _own_names() if names else ():
-        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<name>", text)
-    return text
-
-
-def _last_component(match: re.Match) -> str:
-    return "<path>/" + match["name"] if match["name"] else "<path>"
-
-
-def _own_names() -> list[str]:
-    """Names of this machine and user, if they are names and not common words."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = ""
-    names = {user, socket.gethostname(), socket.gethostname().split(".")[0]}
-    return sorted(name for name in names if len(name) > 3 and name not in ("root", "user", "localhost"))
-
-
-def published_runs(results_dir: Path, task_id: str, fingerprint: str | None = None) -> list[Run]:
-    """The published runs of a task, of one fingerprint or of all."""
-    return [
-        r for r in find_runs(results_dir, task_id) if fingerprint is None or r.folder.parents[1].name == fingerprint
-    ]
+def published_runs(results_dir: Path, task_id: str, fingerprint: str) -> list[Run]:
+    """The published runs of a task on one fingerprint, sorted by folder. FileError for a record that is none."""
+    return [read_published(folder) for folder in run_folders(Path(results_dir) / task_id / fingerprint)]
 
 
 def fingerprint_folders(results_dir: Path) -> list[Path]:
     """Every results/<task>/<fingerprint> that holds a verdict, sorted."""
-    return sorted(path.parent for path in Path(results_dir).glob("*/*/verdict.json"))
+    return sorted(path.parent for path in Path(results_dir).glob(f"*/*/{VERDICT}"))
 
 
-def compute_verdict(task, fingerprint: str, results_dir: Path) -> dict:
-    """The verdict of a task on one fingerprint, from published records alone."""
+def compute_verdict(task, fingerprint: str, results_dir: Path, runs: list[Run] | None = None) -> dict:
+    """The verdict of a task on one fingerprint, from published records alone. runs: those of the task, if read already."""
     from suite.grade import grade_task, with_needed
 
-    needed = with_needed(task, lambda name: published_runs(results_dir, name, fingerprint))
-    return grade_task(task, published_runs(results_dir, task.id, fingerprint), needed)
+    runs = published_runs(results_dir, task.id, fingerprint) if runs is None else runs
+    return grade_task(task, runs, with_needed(task, lambda name: published_runs(results_dir, name, fingerprint)))
 
 
 def _publishable(task, runs_dir: Path) -> list[Run]:
@@ -116,11 +63,11 @@ def _publishable(task, runs_dir: Path) -> list[Run]:
 
 
 def _drop_other_versions(folder: Path, version: int) -> None:
-    for path in sorted(folder.glob("*/*/record.json")):
-        if json.loads(path.read_text())["task"]["version"] != version:
-            shutil.rmtree(path.parent)
-            if not any(path.parents[1].iterdir()):
-                path.parents[1].rmdir()
+    for place in run_folders(folder):
+        if read_record(place)["task"]["version"] != version:
+            shutil.rmtree(place)
+            if not any(place.parent.iterdir()):
+                place.parent.rmdir()
 
 
 def _publish_run(run: Run, folder: Path) -> Path:
@@ -144,12 +91,12 @@ def _publish_run(run: Run, folder: Path) -> Path:
 
 
 def _same_run(folder: Path, record: dict) -> bool:
-    there = json.loads((folder / "record.json").read_text())
+    there = read_record(folder)
     return all(there[key] == record[key] for key in ("run_key", "started_utc", "fingerprint"))
 
 
 def _status(folder: Path) -> str:
-    return json.loads((folder / "record.json").read_text())["status"]
+    return read_record(folder)["status"]
 
 
 def _zipped_metrics(folder: Path) -> bytes:
@@ -161,7 +108,7 @@ def _zipped_metrics(folder: Path) -> bytes:
 
 def _seal(task, folder: Path) -> bool:
     """Grade the published runs of one fingerprint and write verdict and manifest. False if none is of this version."""
-    versions = {json.loads(path.read_text())["task"]["version"] for path in folder.glob("*/*/record.json")}
+    versions = {read_record(place)["task"]["version"] for place in run_folders(folder)}
     if versions != {task.version}:
         return False
     write_json(folder / "verdict.json", compute_verdict(task, folder.name, folder.parents[1]))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from suite.report.escaping import escape_markdown
 from suite.report.rows import GRADED, Row
 from suite.report.tables import cells
 
@@ -33,7 +34,7 @@ def _by_claim(rows: list[Row]) -> str:
     body = []
     for row in rows:
         columns = cells(row)
-        body.append([row.statement, columns[4], columns[5], f"**{row.verdict}**", row.fingerprint])
+        body.append([*map(escape_markdown, (row.statement, columns[4], columns[5], f"**{row.verdict}**", row.fingerprint))])
     header = [f"claim of `{DEFAULT_TASK}`", "estimate [interval]", "accepted", "verdict", "machine and engines"]
     return tabulate(body, header, tablefmt="github", disable_numparse=True) if body else ""
 
@@ -48,7 +49,8 @@ def _by_task(rows: list[Row]) -> str:
         verdicts = ", ".join(f"{counts[word]} {word}" for word in GRADED if counts[word])
         failed = [row.claim_id for row in group if row.verdict == "FAIL"]
         more = f" and {len(failed) - SHOWN_FAILURES} more" if len(failed) > SHOWN_FAILURES else ""
-        body.append([f"`{task}`", group[0].title, verdicts, ", ".join(failed[:SHOWN_FAILURES]) + more, fingerprint])
+        line = (f"`{task}`", group[0].title, verdicts, ", ".join(failed[:SHOWN_FAILURES]) + more, fingerprint)
+        body.append([escape_markdown(cell) for cell in line])
     header = ["published task", "what it is", "claims", "failed", "machine and engines"]
     return tabulate(body, header, tablefmt="github", disable_numparse=True)
 

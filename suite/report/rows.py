@@ -6,12 +6,12 @@ row. Rows are ordered by tier (paper, node, desk), then by claim, never by verdi
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from suite.report.published import VERDICT, read_verdict, records_of
 from suite.report.publishing import fingerprint_folders
 
 TIERS = ("paper", "node", "desk")
@@ -62,9 +62,10 @@ def result_rows(results_dir: Path, tasks: dict) -> list[Row]:
         task = tasks.get(folder.parent.name)
         if task is None:
             continue
-        verdict = json.loads((folder / "verdict.json").read_text())
+        verdict = read_verdict(folder / VERDICT)
         if verdict["task_version"] == task.version:
-            rows += [_graded_row(task, claim, verdict, folder.name) for claim in verdict["claims"]]
+            with records_of(folder / VERDICT):
+                rows += [_graded_row(task, claim, verdict, folder.name) for claim in verdict["claims"]]
         else:
             reason = f"stale: published at version {verdict['task_version']}, the task is at version {task.version}"
             rows += [_empty_row(task, claim, reason, folder.name) for claim in task.claims]

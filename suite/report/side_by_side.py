@@ -6,13 +6,13 @@ whether they are equal bit for bit and, if not, from which step on.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from suite.errors import UserError
 from suite.record import Run, read_run
+from suite.report.published import METRICS, RECORD, VERDICT, exists, read_published, read_verdict, records_of
 
 ABSENT = "-"
 
@@ -34,21 +34,26 @@ def side_by_side(a: Path, b: Path) -> list[Section]:
     if isinstance(first, Run) != isinstance(second, Run):
         kinds = ["a run" if isinstance(one, Run) else "a verdict" for one in (first, second)]
         raise UserError(f"found {kinds[0]} and {kinds[1]}, allowed: two runs or two verdicts")
-    sections = _runs(first, second) if isinstance(first, Run) else _verdicts(first, second)
+    with records_of(f"{a} and {b}"):
+        sections = _runs(first, second) if isinstance(first, Run) else _verdicts(first, second)
     return [section for section in sections if section.rows]
 
 
 def _read(path: Path) -> Run | dict:
-    file = path if path.is_file() else path / "verdict.json"
-    if (path / "record.json").is_file():
-        return read_run(path)
-    if file.name == "verdict.json" and file.is_file():
-        return json.loads(file.read_text())
-    inside = sorted(found.parent for found in path.glob("**/record.json")) if path.is_dir() else []
+    file = path / VERDICT if path.is_dir() else path
+    if exists(path / RECORD):
+        return _read_run(path)
+    if file.name == VERDICT and exists(file):
+        return read_verdict(file)
+    inside = sorted(found.parent for found in path.glob(f"**/{RECORD}")) if path.is_dir() else []
     if len(inside) == 1:
-        return read_run(inside[0])
+        return _read_run(inside[0])
     some = f" ({len(inside)} runs lie below it, such as {inside[0]})" if inside else ""
     raise UserError(f"found {path}, allowed: a folder with record.json or verdict.json{some}")
+
+
+def _read_run(folder: Path) -> Run:
+    return read_published(folder) if exists(folder / METRICS) else read_run(folder)
 
 
 def _runs(a: Run, b: Run) -> list[Section]:
