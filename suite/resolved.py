@@ -7,50 +7,10 @@ functions share.
 
 from __future__ import annotations
 
-from typing import Sequence
-
 import numpy as np
 from jaxtyping import Float, Int
 
-from suite.mismatch import finite_tokens, k3, log_ratio, prob_diff, token_counts
-
-
-def resolved(
-    rollout_logprobs: np.ndarray,
-    trainer_logprobs: np.ndarray,
-    num_tokens: Sequence | np.ndarray,
-    by: str,
-    edges: Sequence | np.ndarray,
-    entropies: np.ndarray | None = None,
-) -> list[dict]:
-    """The mismatch in bins of a token's property: rows {by, lo, hi, num_tokens, k3_nats_per_token, prob_diff_mean}.
-
-    by = "position" (0-based within the response), "length" (tokens of its response), "entropy" (nats, of the
-    distribution at that position; needs `entropies` (T,)), "probability" (mu of the sampled token). Bins
-    are [lo, hi), the last one [lo, hi]; edges may be infinite. An empty bin has None. ValueError if a token lies
-    outside all bins: a table must not lose tokens silently.
-    """
-    r = log_ratio(rollout_logprobs, trainer_logprobs)
-    x = token_property(by, r.size, token_counts(num_tokens, r.size), rollout_logprobs, entropies)
-    edges = np.asarray(edges, dtype=np.float64)
-    if edges.ndim != 1 or edges.size < 2 or not (edges[1:] > edges[:-1]).all():
-        raise ValueError(f"edges: expected at least two increasing values, found {edges.tolist()}")
-    if x.size and (x.min() < edges[0] or x.max() > edges[-1]):
-        raise ValueError(
-            f"{by} spans [{x.min()}, {x.max()}], outside the edges [{edges[0]}, {edges[-1]}]; use inf for open ends"
-        )
-    sums = bin_sums(x, edges, r, prob_diff(rollout_logprobs, trainer_logprobs))
-    return [
-        {
-            "by": by,
-            "lo": float(edges[i]),
-            "hi": float(edges[i + 1]),
-            "num_tokens": int(n),
-            "k3_nats_per_token": float(k3_sum / n) if n else None,
-            "prob_diff_mean": float(diff_sum / n) if n else None,
-        }
-        for i, (n, k3_sum, diff_sum) in enumerate(sums)
-    ]
+from suite.mismatch import finite_tokens, k3
 
 
 def bin_sums(x: np.ndarray, edges: np.ndarray, r: np.ndarray, prob_diff: np.ndarray) -> Float[np.ndarray, "B 3"]:

@@ -76,7 +76,7 @@ def test_a_used_engine_repeats_its_rollouts_byte_for_byte(vllm_fp32):
 
 
 def test_the_sampler_samples_from_the_distribution_it_reports(model):
-    """64 draws of the first token after one prompt: the frequencies follow exp of the reported log-probs."""
+    """2,000 draws of the first token after one prompt: the frequencies follow exp of the reported log-probs."""
     sampler = hf_sampler(model, max_tokens=1)
     prompt = tuple(range(5, 15))
     rollouts = sampler.sample([Request("p", i, prompt, 1000 + i) for i in range(2000)])

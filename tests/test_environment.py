@@ -150,10 +150,19 @@ def test_doctor_ends_with_the_task_and_says_why_not():
     assert last == {"name": "task a-task", "ok": False, "detail": "paper: not here", "needed": can_run(task(), LAPTOP)}
 
 
-def test_variables_that_move_numbers_are_kept_and_private_ones_are_not():
-    kept = {"OMP_NUM_THREADS": "2", "VLLM_CACHE_ROOT": "/home/me/x"}
-    private = {"VLLM_API_KEY": "s3cret", "VLLM_HOST_IP": "10.0.0.9", "HOME": "/home/me"}
-    assert environment.number_moving_env(kept | private) == {"OMP_NUM_THREADS": "2", "VLLM_CACHE_ROOT": "<path>"}
+def test_variables_that_move_numbers_are_kept_and_no_others():
+    kept = {"OMP_NUM_THREADS": "2", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "VLLM_CPU_OMP_THREADS_BIND": "0-3|4-7"}
+    hidden = {"LD_PRELOAD": "/home/me/lib.so", "VLLM_PLUGINS": "me@example.org", "MKL_CBWR": "x" * 81}
+    private = ("VLLM_API_KEY", "VLLM_AUTH", "VLLM_EMAIL", "VLLM_HOST_IP", "TORCH_DSN", "MKL_LICENSE", "OMP_OWNER", "HOME", "USER")
+    found = environment.number_moving_env(kept | hidden | dict.fromkeys(private, "2"))
+    assert found == kept | dict.fromkeys(hidden, "<set>")
+
+
+def test_the_dirty_bit_is_that_of_the_whole_package(monkeypatch):
+    asked = []
+    monkeypatch.setattr(environment, "git_state", lambda folder: asked.append(folder) or {})
+    environment.collect()
+    assert [path.name for path in asked] == ["suite"] and (asked[0] / "protocols" / "rl.py").is_file()
 
 
 def test_what_is_collected_names_no_host_user_or_folder(tmp_path):
@@ -176,6 +185,11 @@ def test_git_state_tells_a_changed_checkout(tmp_path):
     (tmp_path / "file").write_text("2")
     assert len(clean["revision"]) == 40 and clean["dirty"] is False
     assert environment.git_state(tmp_path) == clean | {"dirty": True}
+    git("checkout", "file"), (tmp_path / "below" / "deep").mkdir(parents=True)
+    (tmp_path / "below" / "deep" / "module.py").write_text("1")
+    git("add", "."), git("commit", "-m", "two")
+    (tmp_path / "below" / "deep" / "module.py").write_text("2")
+    assert environment.git_state(tmp_path)["dirty"] is True
 
 
 def test_collecting_imports_no_engine():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from suite import mismatch as mm
-from suite.resolved import full_vocabulary_kl, resolved
+from suite.resolved import bin_sums, full_vocabulary_kl, token_property
 
 HALF, QUARTER, TENTH = math.log(0.5), math.log(0.25), math.log(0.1)
 
@@ -265,33 +265,31 @@ def test_effective_sample_size_survives_huge_weights_and_shows_collapse():
         ("entropy", [0, 0.5, 1.0]),
     ],
 )
-def test_resolved_bins_partition_the_total(by, edges):
+def test_bins_partition_the_total(by, edges):
     _, lengths, log_mu, log_pi, _, _ = rollouts(6)
-    entropies = np.random.default_rng(0).random(log_mu.size)
-    rows = resolved(log_mu, log_pi, lengths, by, edges, entropies)
-    assert sum(row["num_tokens"] for row in rows) == log_mu.size
-    total = sum(row["num_tokens"] * row["k3_nats_per_token"] for row in rows if row["num_tokens"])
-    assert total == pytest.approx(mm.k3(log_pi - log_mu).sum())
+    sums = binned(log_mu, log_pi, lengths, by, edges, np.random.default_rng(0).random(log_mu.size))
+    assert sums[:, 0].sum() == log_mu.size
+    assert sums[:, 1].sum() == pytest.approx(mm.k3(log_pi - log_mu).sum())
 
 
-def test_resolved_by_hand():
+def binned(log_mu, log_pi, lengths, by, edges, entropies=None):
+    """Tokens, sum of k3 and sum of |pi - mu| in each bin, (B, 3)."""
+    x = token_property(by, log_mu.size, np.asarray(lengths), log_mu, entropies)
+    return bin_sums(x, np.asarray(edges, np.float64), log_pi - log_mu, mm.prob_diff(log_mu, log_pi))
+
+
+def test_bins_by_hand():
     log_mu, log_pi = np.array([HALF, HALF, TENTH]), np.array([HALF, QUARTER, TENTH])
-    first, second, last = resolved(log_mu, log_pi, [2, 1], "position", [0, 1, 2, 3])
-    assert (first["num_tokens"], second["num_tokens"], last["num_tokens"]) == (2, 1, 0)
-    assert second["k3_nats_per_token"] == pytest.approx(math.log(2) - 0.5) and second[
-        "prob_diff_mean"
-    ] == pytest.approx(0.25)
-    assert first["prob_diff_mean"] == 0.0 and last["k3_nats_per_token"] is None
-    low, high = resolved(log_mu, log_pi, [2, 1], "probability", [0, 0.5, 1])  # 0.5 belongs to the upper bin
-    assert (low["num_tokens"], high["num_tokens"]) == (1, 2)
+    by_position = binned(log_mu, log_pi, [2, 1], "position", [0, 1, 2, 3])
+    assert by_position[:, 0].tolist() == [2, 1, 0]
+    assert by_position[:, 1] == pytest.approx([0, math.log(2) - 0.5, 0]) and by_position[:, 2] == pytest.approx([0, 0.25, 0])
+    assert binned(log_mu, log_pi, [2, 1], "probability", [0, 0.5, 1])[:, 0].tolist() == [1, 2], "0.5 belongs to the upper bin"
 
 
-@pytest.mark.parametrize(
-    "by, edges", [("position", [0, 1]), ("width", [0, 1]), ("length", [3, 1]), ("entropy", [0, 1])]
-)
-def test_resolved_refuses_lost_tokens_and_unknown_properties(by, edges):
-    with pytest.raises(ValueError):
-        resolved(np.full(4, -1.0), np.full(4, -1.0), [4], by, edges)
+@pytest.mark.parametrize("by", ["width", "entropy"])
+def test_an_unknown_property_and_entropies_that_are_not_there_are_refused(by):
+    with pytest.raises(ValueError, match=by):
+        binned(np.full(4, -1.0), np.full(4, -1.0), [4], by, [0, 1])
 
 
 def test_full_vocabulary_kl_by_hand_and_at_machine_precision():
