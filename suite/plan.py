@@ -21,7 +21,9 @@ from suite.task import Control, Task, axis_label, deep_merge
 from suite.task_errors import explain
 
 _MISSING = object()
-PATHS = ("model.path", "data.path", "data.kept.path", "data.reference.path")  # where a file lies is not what it is
+# Not in the key: where a file lies, which is not what it is, and the pin of a model's small files, which is checked
+# whenever they are used; so a task may be pinned more tightly and keep its runs.
+PATHS = ("model.path", "data.path", "data.kept.path", "data.reference.path", "model.files_sha256")
 
 
 @dataclass(frozen=True)

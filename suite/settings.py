@@ -100,12 +100,14 @@ class Strict(BaseModel):
 class Model(Strict):
     """Weights: a hub id or a local path; `sha256` is that of the weight file, or, of several, of what
     `sha256sum *.safetensors` prints; `unknown` until somebody looked it up (every record holds it as `weights`).
+    files_sha256: of the other files that engines read (models.READ): of what `sha256sum` prints of them, by name.
     """
 
     path: str | None = None
     id: str | None = None
     revision: str | None = None
     sha256: Sha256 | None = None
+    files_sha256: Sha256 | None = None
     family: Literal["qwen2", "llama", "qwen3", "qwen3_moe"] | None = None
     dtype_on_disk: Literal["fp32", "bf16", "fp16", "unknown"] | None = None
 

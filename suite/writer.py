@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from suite import signals
 from suite.door import FileError
-from suite.errors import NotRunnable, UserError
+from suite.errors import DataError, NotRunnable, UserError
 from suite.files import is_folder_name, json_bytes, parquet_bytes, sha256_file, write_atomic, write_parquet
 from suite.lines import Line, sealed
 from suite.record import (
@@ -76,7 +76,7 @@ class RunWriter:
         if is_sealed and any(line.seal is None for line in lines):
             lines, fault = [], "lines without their hash"
         if fault:
-            self.note_recovery(f"metrics.jsonl: {fault} was dropped")
+            self.note_recovery(f"metrics.jsonl: {fault}; dropped from there on")
         for index, line in enumerate(lines):
             if what := self._fault_of_part(index, line):
                 self.note_recovery(f"{self._part_path(index).relative_to(self.folder)}: {what}, made again from here on")
@@ -136,6 +136,15 @@ class RunWriter:
         before = self.record["precision_executed"]
         both = {point: _joined(before.get(point), found) for point, found in executed.items()}
         self.update(precision_executed=before | both)
+
+    def note_weights(self, weights: dict) -> None:
+        """Take in which checkpoint runs. Raises DataError where the parts before ran with another one."""
+        before = self.record.get("weights") or {}
+        for name in ("sha256", "files_sha256") if self.parts_done else ():
+            if before.get(name, weights[name]) != weights[name]:
+                found = f"found {weights[name]}, allowed: {before[name]}, with which it began"
+                raise DataError(f"{self.folder}: weights.{name}: {found} (put the model back, or move this folder away)")
+        self.update(weights=weights)
 
     def update(self, **fields) -> None:
         """Set entries of the record; a record that says so already is not written again."""

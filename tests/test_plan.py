@@ -51,6 +51,7 @@ SAME = {
     "budget": ("resources:", "budget: {minutes: 5}\nresources:"),
     "resources": ("disk_gib: 1", "disk_gib: 2"),
     "path": ("path: here", "path: elsewhere/model"),
+    "pin of the small files": ("path: here", f"path: here, files_sha256: {'c' * 64}"),
     "grade version": ("grade_version: 1", "grade_version: 2"),
     "accept region": ("accept: [16, 128]", "accept: [8, 128]"),
     "metrics": ("metrics: [k3_nats_per_token]", "metrics: [prob_diff_mean]"),

@@ -380,6 +380,17 @@ def test_a_flipped_bit_in_a_finished_run_is_always_named(tmp_path):
     assert len(find_runs(tmp_path, "t")) == 1
 
 
+def test_a_resume_with_another_model_is_refused(tmp_path):
+    writer = begin(tmp_path)
+    writer.note_weights({"sha256": "a", "files_sha256": "b"})
+    writer.note_weights({"sha256": "a", "files_sha256": "c"})  # nothing has run with it yet
+    writer.append({"step": 0}, part(0))
+    with pytest.raises(UserError, match="weights.files_sha256: found d, allowed: c, with which it began"):
+        writer.note_weights({"sha256": "a", "files_sha256": "d"})
+    writer.update(weights={"sha256": "a"})  # of a version that recorded the weights alone
+    writer.note_weights({"sha256": "a", "files_sha256": "d"})
+
+
 def test_a_limited_run_that_is_damaged_hinders_no_grading(tmp_path):
     folder = begin(tmp_path, limit=2).finish("success").folder
     (folder / "extra.txt").write_text("x")

@@ -216,7 +216,7 @@ def _plain_scorer(job: dict):
     num_prompt = job["shape"]["prompt_tokens"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
-        job["model"], dtype=torch_dtype(job["precision"]), attn_implementation="sdpa"
+        job["model"], dtype=torch_dtype(job["precision"]), attn_implementation="sdpa", trust_remote_code=False
     )
     model, token_ids = model.eval().to(device), _tokens(job).to(device)
 

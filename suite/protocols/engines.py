@@ -8,7 +8,7 @@ from pathlib import Path
 
 from suite.batch import Request, Rollout, request_seed
 from suite.data import Prompt, token_ids
-from suite.models import hub_commit, load_tokenizer, model_folder, stop_token_ids, weights_sha256
+from suite.models import load_tokenizer, model_folder, model_record, stop_token_ids
 from suite.plan import Cell
 from suite.ranks import Ranks
 from suite.protocols import Session
@@ -36,8 +36,8 @@ class Engines:
 
     @property
     def weights(self) -> dict:
-        """What a record says of the checkpoint: hash of its weights and, where it came from the hub, the commit."""
-        return {"sha256": weights_sha256(self.folder), "revision": hub_commit(self.folder)}
+        """What a record says of the checkpoint (models.model_record)."""
+        return model_record(self.folder)
 
     @property
     def tokenizer(self):

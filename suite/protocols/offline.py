@@ -115,7 +115,7 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
             row |= _full_vocabulary(engines.scorable(rollouts[:NUM_FULL_SEQUENCES]), engines, trainer)
         writer.append(row | seconds, evidence)
         writer.note_executed(engines.sampler.executed() | (trainer.executed() if trainer else {}))
-        writer.update(weights=engines.weights)
+        writer.note_weights(engines.weights)
 
 
 def _full_vocabulary(sequences: list, engines: Engines, trainer) -> dict:

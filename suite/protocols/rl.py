@@ -68,7 +68,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     precision = Precision.of(cell.settings["precision"])
     wire, ranks = precision.wire, session.ranks
     sampler, trainer = engines.sampler, engines.new_trainer(cell)
-    writer.update(algorithm=algorithm.settings(), weights=engines.weights)
+    writer.note_weights(engines.weights)
+    writer.update(algorithm=algorithm.settings())
 
     # --- where an earlier attempt stopped
     done, state, passed_over = load_checkpoint(writer.folder / "checkpoint", writer.parts_done)

@@ -26,7 +26,8 @@ class HfSampler:
         self._rollout, self._precision, self._stop = rollout, precision, set(stop_token_ids)
         self._strings = StopStrings(model_path, rollout["stop"]) if rollout.get("stop") else None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(precision)).eval().to(self._device)
+        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(precision), trust_remote_code=False)
+        self._model = self._model.eval().to(self._device)
         self.arithmetic, self._products = arithmetic_for(self._device, torch_dtype(precision))
         self._cache_dtype = self._logits_dtype = None
 
@@ -137,7 +138,7 @@ class StopStrings:
     def __init__(self, model_path: Path, strings):
         from transformers import AutoTokenizer
 
-        self._tokenizer, self._strings = AutoTokenizer.from_pretrained(model_path), tuple(strings)
+        self._tokenizer, self._strings = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False), tuple(strings)
         self._tail = max(map(len, strings)) * 4  # tokens that can reach into the longest one: at most 4 bytes a character
 
     def end(self, tokens: list[int]) -> bool:

@@ -19,7 +19,6 @@ from suite.rollouts import weights_format
 
 IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # apply_model with functions of ours; nothing leaves the process
     "VLLM_NO_USAGE_STATS": "1",
 }
 DEFAULT_CACHE_GIB = 1.0
@@ -177,6 +176,7 @@ def _engine_arguments(rollout: dict, cache_gib: float | None, on_gpu: bool) -> d
         "seed": rollout.get("seed") or 0,
         "disable_log_stats": True,
         "load_format": "auto",
+        "trust_remote_code": False,
     }
     if on_gpu:  # the CPU backend has no cascade attention, and 0.32 dropped the flag
         arguments["disable_cascade_attn"] = not rollout["cascade_attention"]

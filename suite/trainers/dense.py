@@ -42,7 +42,7 @@ class DenseTrainer:
         self._can_train = train.get("optimizer") is not None
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch.float32 if self._can_train else self._dtype,
-            attn_implementation=train.get("attention") or "sdpa",
+            attn_implementation=train.get("attention") or "sdpa", trust_remote_code=False,
         )  # fmt: skip
         self._model = model.eval().to(self._device)
         self.arithmetic, self._products = arithmetic_for(self._device, self._dtype)
