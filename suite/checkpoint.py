@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import torch
 
-from suite.record import sha256_file, write_atomic
+from suite.files import sha256_file, write_atomic
 
 KEEP = 2
+NAME = re.compile(r"step-\d{5,}\.pt")
 
 
 def save_checkpoint(folder: Path, num_steps: int, state: dict) -> None:
@@ -40,7 +42,7 @@ def load_checkpoint(folder: Path, at_most: int) -> tuple[int, dict | None, list[
         hash_file = path.with_suffix(".sha256")
         if not hash_file.exists():
             passed_over.append(f"{path.name}: its hash is missing, it was cut short")
-        elif sha256_file(path) != hash_file.read_text():
+        elif sha256_file(path).encode() != hash_file.read_bytes():
             passed_over.append(f"{path.name}: its content does not have the recorded hash")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,4 +55,4 @@ def _steps_of(path: Path) -> int:
 
 
 def _paths(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"))
+    return sorted(path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name))

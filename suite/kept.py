@@ -8,15 +8,15 @@ The file's sha256 is what a task names in `data.kept` or `data.reference`; probl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from suite.data import check_sha256, count_copies, locate, read_rows
+from suite.door import read_json
 from suite.errors import DataError
-from suite.record import write_json
+from suite.files import write_json
 from suite.task import find_repo
 
 SCHEMA = 1
@@ -46,7 +46,7 @@ def write_kept(path: Path, problems: Sequence[KeptProblem], **origin: Any) -> No
 def read_kept(path: Path) -> list[KeptProblem]:
     """The problems of a kept set, in its order. Raises DataError for a file that is none, or an empty one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path.resolve())
         rows = content["problems"] if content["schema"] == SCHEMA else []
         problems = [KeptProblem(**row | {"gold": tuple(row["gold"])}) for row in rows]
     except (ValueError, KeyError, TypeError) as problem:

@@ -50,21 +50,22 @@ def machine(task: Task) -> str:
     )
 
 
+NARROW = 80  # columns below which a table would break every word
+
+
 def print_list(tasks: list[Task]) -> None:
+    """One row a task; on a narrow terminal a few lines each."""
+    console, rows = _console(), [summary(task) for tier in TIERS for task in tasks if task.tier == tier]
+    if console.width < NARROW:
+        for row in rows:
+            about = f"{row['tier']}, {' '.join(row['claims'])}, {row['num_cells']} cells, {row['needs']}"
+            console.print(f"[bold]{row['id']}[/]\n{escape(row['title'])}\n[dim]{about}[/]")
+        return
     table = _table("task", "tier", "claims", "cells", "seeds", "machine", "title")
-    for tier in TIERS:
-        for row in [summary(task) for task in tasks if task.tier == tier]:
-            claims = " ".join(row["claims"])
-            table.add_row(
-                row["id"],
-                tier,
-                claims,
-                str(row["num_cells"]),
-                str(len(row["seeds"])),
-                row["needs"],
-                escape(row["title"]),
-            )
-    _console().print(table)
+    for row in rows:
+        counts = str(row["num_cells"]), str(len(row["seeds"]))
+        table.add_row(row["id"], row["tier"], " ".join(row["claims"]), *counts, row["needs"], escape(row["title"]))
+    console.print(table)
 
 
 def print_heading(task: Task, num_cells: int) -> None:

@@ -3,17 +3,21 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
 from suite import cli, verbs
 from suite.errors import DataError, NotRunnable, UserError
 from suite.plan import plan
+from suite.record import find_runs
 from suite.task import load_task
 
 REPO = Path(__file__).resolve().parents[1]
@@ -315,3 +319,76 @@ def test_a_line_for_each_step_where_there_is_no_terminal(capsys):
         and lines[0].endswith("bf16.s0 1/2 k3 1e-4")
         and lines[1].startswith("[1/2 cells")
     )
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_ends_a_run_as_killed_with_one_line_and_its_code_and_the_run_goes_on(tmp_path, how, code):
+    words = [sys.executable, str(REPO / "tests" / "growing.py"), "run", "desk-offline-mismatch", "--cell",
+             "bf16.num_terms=25-200.s10", "--out", str(tmp_path)]  # fmt: skip
+    environ = os.environ | {"PYTHONPATH": str(REPO)}
+    with subprocess.Popen(words, cwd=REPO, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        next(line for line in child.stderr if " 3/40" in line)
+        child.send_signal(how)
+        said = child.stderr.read()
+        assert child.wait() == code
+    told = [line for line in said.splitlines() if not line.startswith("[")]
+    assert told == ["suite run: interrupted; the same command, without --fresh, goes on from here"]
+    path = next(tmp_path.rglob("record.json"))
+    record = json.loads(path.read_text())
+    assert record["status"] == "killed" and record["error"]["message"] == how.name
+    assert not (path.parent / "running.lock").exists()
+    done = subprocess.run(words, cwd=REPO, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0 and " 1/40" not in done.stderr
+    (run,) = find_runs(tmp_path, "desk-offline-mismatch")
+    assert [row["step"] for row in run.metrics] == list(range(40)) and "recovered" not in run.record
+
+
+def test_an_error_that_a_library_makes_of_a_signal_is_the_signal(machine, monkeypatch, capsys):
+    def broken(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("trying to pop from empty mode stack") from None
+
+    monkeypatch.setattr(verbs, "_run_cells", broken)
+    assert cli.main(["reproduce", "tiny"]) == 130
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err and "goes on from here" in shown.err and "verdict=ERROR" in shown.out
+
+
+def test_a_run_folder_that_went_away_and_a_nameless_full_place_are_named(machine, monkeypatch, capsys, tmp_path):
+    gone = OSError(errno.ENOENT, "No such file or directory", str(tmp_path / "gone" / ".record.json.tmp"))
+    gone.add_note("the record does not say so")
+    monkeypatch.setattr(verbs, "_run_cells", raising(gone))
+    assert cli.main(["run", "tiny"]) == 11
+    shown = capsys.readouterr().err
+    assert f"cannot use {gone.filename}: its folder has gone; the record does not say so" in shown and "Traceback" not in shown
+    monkeypatch.setattr(verbs, "_run_cells", raising(OSError(errno.ENOSPC, "No space left on device")))
+    assert cli.main(["run", "tiny"]) == 11
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and "/dev/shm" in shown and tempfile.gettempdir() in shown
+
+
+@pytest.mark.parametrize("words", [["show", "C1"], ["list"], ["list", "--json"]])
+def test_a_reader_that_went_away_is_no_failure(words):
+    with subprocess.Popen([sys.executable, "-m", "suite", *words], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        child.stdout.close()
+        said = child.stderr.read()
+        assert child.wait() == 141 and said == b""
+
+
+def test_a_current_folder_that_went_away_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert cli.main(["list"]) == 2
+    assert "the current folder no longer exists" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_gets_a_task_on_a_few_lines(checkout, monkeypatch, capsys):  # noqa: F811
+    checkout()
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("suite.show._console", lambda: Console(width=40, highlight=False))
+    assert cli.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 5 and max(map(len, lines)) <= 40 and "tiny" in lines[0] and "A task for tests" in " ".join(lines)

@@ -162,7 +162,7 @@ def test_damaged_checkpoints_and_a_cut_line_are_recovered_from_the_one_before_an
     notes = []
     resumed = run(tmp_path, progress=lambda name, done, total, note="": notes.append(note))
     assert any("step-00006.pt: its content does not have the recorded hash" in note for note in notes)
-    cut = "metrics.jsonl: a line cut short after line 7 was dropped"
+    cut = "metrics.jsonl: a line cut short after line 7; dropped from there on"
     assert resumed.record["recovered"] == [cut, "step-00006.pt: its content does not have the recorded hash"]
     assert any(cut in note for note in notes)
     assert json.dumps(series(resumed)) == json.dumps(series(straight))
@@ -177,6 +177,16 @@ def test_a_half_written_checkpoint_is_passed_over_and_two_are_kept(tmp_path):
     assert (done, state["step"].item()) == (4, 4) and "hash is missing" in passed_over[0]
     (tmp_path / "step-00004.pt").write_bytes(b"")
     assert load_checkpoint(tmp_path, 99)[:2] == (0, None)
+
+
+def test_a_damaged_hash_or_a_foreign_file_beside_a_checkpoint_is_passed_over(tmp_path):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
+    (tmp_path / "step-00004.sha256").write_bytes(b"\xff" * 64)
+    (tmp_path / "step-last.pt").write_bytes(b"x")
+    done, state, passed_over = load_checkpoint(tmp_path, 99)
+    assert (done, state["step"].item()) == (2, 2)
+    assert passed_over == ["step-00004.pt: its content does not have the recorded hash"]
 
 
 def test_a_checkpoint_that_is_ahead_of_the_record_is_passed_over(tmp_path):

@@ -1,0 +1,31 @@
+"""A protocol without engines for the tests of interrupts: parts that are known beforehand, one after the other."""
+
+import sys
+import time
+
+from suite import cli, protocols, verbs
+
+NUM_PARTS, SECONDS = 40, 0.02
+
+
+def run(cells, session) -> None:
+    from test_record import part
+
+    def body(writer) -> None:
+        for step in range(writer.parts_done, NUM_PARTS):
+            writer.append({"step": step, "k3": 1e-5 * step}, part(step))
+            session.progress("cell", step + 1, NUM_PARTS)
+            time.sleep(SECONDS)
+        writer.finish("success", counts={"num_parts": writer.parts_done})
+
+    session.run_cell(cells[0], "growing", body)
+
+
+def main(words: list[str]) -> int:
+    protocols.MODULES["offline_mismatch"] = "growing"
+    verbs._check_machine = lambda task, args: None
+    return cli.main(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
