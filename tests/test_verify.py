@@ -285,6 +285,14 @@ def test_a_finished_run_without_sums_is_named(repo):
         assert any("no evidence_summary.parquet" in line for line in differences(repo))
 
 
+@pytest.mark.parametrize("name, word", [("plot_points.parquet", "no plot_points.parquet"), ("record.json", "without its record"),
+                                        ("metrics.jsonl.gz", "num_rollouts: metrics add up to 0")])  # fmt: skip
+def test_a_run_of_which_a_file_is_left_out_is_named(repo, name, word):
+    next(folder_of(repo).glob(f"bf16.s1/*/{name}")).unlink()
+    reseal(repo)
+    assert any(word in line for line in differences(repo))
+
+
 def test_points_that_hold_other_tokens_are_named(repo):
     a, b = (next(folder_of(repo).glob(f"{cell}/*/plot_points.parquet")) for cell in ("bf16.s1", "bf16.s2"))
     shutil.copyfile(b, a)
@@ -353,11 +361,13 @@ def test_damaged_records_and_verdicts_are_one_line_with_the_file_and_exit_2(repo
     """compare, show and report --check read published files too."""
     from suite import cli
 
+    (repo / "baselines").mkdir()
+    (repo / "baselines" / "paper.yaml").write_text("C1:\n  title: the first claim\n")
     for path in (next(folder_of(repo).glob("bf16.s1/*/record.json")), folder_of(repo) / "verdict.json"):
         whole = path.read_bytes()
         path.write_bytes(text.encode("latin-1"))
-        commands = [["compare", str(path.parent), str(path.parent)], ["report", "--check"]]
-        for command in commands:
+        commands = [["compare", str(path.parent), str(path.parent)], ["report", "--check"], ["show", "C1"]]
+        for command in commands if path.name == "verdict.json" else commands[:2]:
             assert cli.main(command) == 2, command
             said = capsys.readouterr().err
             assert str(path) in said and BROKEN[text] in said and said.count("\n") == 1

@@ -26,8 +26,8 @@ from suite.record import Run
 from suite.report import opening
 from suite.report.points import read_points
 from suite.report.published import (
-    JUDGED, POINTS, VERDICT, is_leaving, manifest_differences, read_published, read_verdict, records_of,
-    run_folders,
+    JUDGED, METRICS, POINTS, SUMMARY, VERDICT, exists, is_leaving, manifest_differences, read_published, read_verdict,
+    records_of, run_folders,
 )  # fmt: skip
 from suite.report.publishing import compute_verdict
 from suite.report.ties import missing_attempts, missing_cells, untied
@@ -183,12 +183,14 @@ def _examine_runs(folder: Path, task, broken: set[str]) -> tuple[list[Run] | Non
             runs.append(run := read_published(place))
             lines += [f"{place}: {line}" for line in untied(run, task, cells)]
             with records_of(place):
-                points = read_points(place / POINTS) if (place / POINTS).exists() and f"{inside}/{POINTS}" not in broken else None
+                points = {} if f"{inside}/{POINTS}" in broken else read_points(place / POINTS) if exists(place / POINTS) else None
                 lines += [f"{place}: {line}" for line in contradictions(run, task.protocol, points)]
         except UserError as problem:
             lines.append(str(problem))
             whole = whole and bool(runs) and runs[-1].folder == place
     lines += missing_attempts(folders)
+    beside = {path.parent for name in (METRICS, SUMMARY, POINTS) for path in folder.glob(f"*/*/{name}")} - set(folders)
+    lines += [f"{place}: files of a run without its record.json" for place in sorted(beside)]
     return (runs if whole else None), lines, _remarks(folder, runs, cells)
 
 

@@ -41,7 +41,7 @@ SCORED = ("offline_mismatch", "rl")  # protocols with a trainer
 def contradictions(run: Run, protocol: str, points: Mapping | None = None) -> list[str]:
     """Where the views of one finished run disagree, one sentence each.
 
-    points: what points.read_points returns of its plot_points.parquet, if there is one.
+    points: what points.read_points returns of its plot_points.parquet; None where there is none.
     """
     if run.status not in FINISHED:
         return []
@@ -50,7 +50,10 @@ def contradictions(run: Run, protocol: str, points: Mapping | None = None) -> li
     if run.summary is None:
         return ["no evidence_summary.parquet, which every finished run of this protocol has"]
     parts = (_impossible(run.summary), _lines(run), _series(run, protocol), _counts(run), _amounts(run, protocol))
-    return [line for part in parts for line in part] + list(_points(run.summary, points or {}))
+    found = [line for part in parts for line in part]
+    if points is None:
+        return [*found, "no plot_points.parquet, which every finished run with evidence has"]
+    return found + list(_points(run.summary, points))
 
 
 def _differ(what: str, one, of_one: str, other, of_other: str) -> Iterator[str]:
