@@ -19,6 +19,7 @@ import suite.report
 from suite.mismatch import estimates
 from suite.record import find_runs
 from suite.report import points, readme, rows, scrubbing, tables
+from suite.report.findings import NOT_YET, QUESTIONS, Finding, findings
 from suite.report.generate import generated_files
 from suite.report.publishing import publish_task, published_runs
 from suite.report.scrubbing import scrub, scrub_text
@@ -162,12 +163,12 @@ HOSTILE = ['<img src=x onerror=alert(1)>', "[click](javascript:alert(1))", "a | 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_of_strangers_is_data_in_every_format(text):
-    hostile = row(statement=text, reason=text, title=text, fingerprint=text, task=readme.DEFAULT_TASK)
-    for shown in (tables.markdown([hostile]), readme.section([hostile])):
+    hostile = row(statement=text, reason=text, title=text, fingerprint=text)
+    for shown in (tables.markdown([hostile]), readme.table([Finding(text, text, text, (text,))])):
         assert not [mark for mark in ("<img", "](javascript", "\x1b", "\r") if mark in shown]
         for line in shown.splitlines():
             columns = line.replace("\\|", "").count("|") if line.startswith("|") else 0
-            assert columns in (0, 6, 11), line
+            assert columns in (0, 5, 11), line
     assert "\\input" not in tables.latex([hostile])
     for cells in list(csv.reader(io.StringIO(tables.comma_separated([hostile]))))[1:]:
         assert not any(cell[:1] in ("=", "+", "@", "\t", "\r") for cell in cells)
@@ -486,26 +487,48 @@ def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
 
 def test_the_readme_beside_the_results_is_kept_like_the_tables(repo):
     path = repo / "README.md"
-    path.write_text(f"before\n{readme.START}\nstale\n{readme.END}\nafter\n")
+    path.write_text("before\n{}\nstale\n{}\nbetween\n{}\nstale\n{}\nafter\n".format(*readme.FINDINGS, *readme.DOSE))
     assert suite.report.report(repo / "results", check=True) == 1
     assert suite.report.report(repo / "results") == 0
     text = path.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
-    assert "| `desk-tiny` " in text and fakes.FINGERPRINT in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nbetween\n" in text and "stale" not in text
+    assert "not published yet" in text and "No RL task of the desk tier is published." in text
     assert suite.report.report(repo / "results", check=True) == 0
-    with pytest.raises(ValueError, match="README.md: found no results part"):
-        readme.with_results("no markers", [])
+    with pytest.raises(ValueError, match="README.md: found no generated part"):
+        readme.with_results("no markers", [], [])
 
 
-def test_the_readme_shows_the_default_task_claim_by_claim_and_names_what_failed():
-    shown = dict(fingerprint="cpu", task=readme.DEFAULT_TASK, estimate=2.5, interval=[2.0, 3.0], accept=[1, None])
-    text = readme.section([
-        row(**shown, statement="It holds.", verdict="PASS"), row(**shown, claim_id="C1-x", verdict="FAIL"),
-        row(**shown, statement="Only told.", verdict=None), row(task="desk-other", fingerprint=None, verdict="NOT_RUN"),
-    ])  # fmt: skip
-    by_claim, by_task = text.split("\n\n")
-    assert "It holds." in by_claim and "2.5 [2, 3]" in by_claim and "**PASS**" in by_claim and "Only told." not in by_claim
-    assert "1 PASS, 1 FAIL" in by_task and "C1-x" in by_task and "desk-other" not in by_task
+def test_a_finding_answers_from_the_verdicts_of_its_claims_and_says_where_none_is():
+    shown = dict(fingerprint="cpu", task="desk-collapse", unit="share of seeds")
+    rows_ = [
+        row(**shown, claim_id="C36-coarse-sampler-collapses", verdict="PASS", estimate=1.0, interval=[0.55, 1.0]),
+        row(**shown, claim_id="C36-without-mismatch-stable", verdict="FAIL", estimate=0.8, interval=[0.5, 1.0]),
+        row(**shown, claim_id="C36-tis-rescues", verdict="INCONCLUSIVE", estimate=None, interval=None),
+        row(task="desk-lora", claim_id="C20-bf16-collapses", verdict="PASS", fingerprint=None),
+    ]
+    cause, rescue, bf16 = findings(rows_)[1:4]
+    assert cause.answer == "yes; no: also without it" and "1 [0.55, 1]" in cause.numbers and cause.tasks == ("desk-collapse",)
+    assert (rescue.answer, rescue.numbers) == ("undecided", "")
+    assert bf16.answer == NOT_YET, "a claim that nobody ran answers nothing"
+
+
+def test_every_question_asks_claims_that_tasks_have():
+    from suite.task import load_all
+
+    tasks = load_all()
+    for question, asked in QUESTIONS:
+        for one in asked:
+            assert one.claim_id in {claim.id for claim in tasks[one.task].claims}, (question, one)
+
+
+def test_the_dose_is_the_mismatch_of_the_bf16_arms_per_token_and_per_response():
+    def arm(task, name, k3, tokens):
+        return {"task": task, "metrics": [{"arm": name, "values": {"k3_nats_per_token": k3, "response_tokens_mean": tokens}}]}
+
+    told = readme.dose([arm("desk-sanity-grpo", "bf16", 2e-5, 31.0), arm("desk-sanity-gspo", "bf16", 1e-5, 31.0),
+                        arm("desk-sanity-grpo", "fp16", 1.0, 1.0), arm("desk-lora", "bf16", 1.0, 1.0)])  # fmt: skip
+    assert "1.0e-05 to 2.0e-05 nats of k3 per token and 3.1e-04 to 6.2e-04 per response" in told
+    assert "50 to 100 times and 10000 to 20000 times as much" in told
 
 
 def test_tasks_that_were_never_run_are_a_list_and_not_a_table_of_nothing():

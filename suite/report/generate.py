@@ -14,6 +14,7 @@ from suite.door import read_bytes
 from suite.record import write_atomic
 from suite.report import page, plots, readme, tables
 from suite.report.escaping import escape_address, escape_markdown
+from suite.report.findings import findings
 from suite.report.published import MANIFEST, VERDICT, exists, read_manifest, read_verdict, records_of
 from suite.report.publishing import fingerprint_folders, published_runs
 from suite.report.rows import result_rows
@@ -22,28 +23,29 @@ from suite.report.rows import result_rows
 def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     """All generated files by their path below `results_dir`."""
     rows = result_rows(results_dir, tasks)
-    files, figures, matrices, arms = {}, [], [], []
+    files, figures, matrices, verdicts = {}, [], [], []
     for folder in fingerprint_folders(results_dir):
         with records_of(folder):
             runs = published_runs(results_dir, folder.parent.name, folder.name)
             drawn = plots.figures(folder.parent.name, runs)
             matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
-            arms.append(tables.arm_table(read_verdict(folder / VERDICT)))
+            verdicts.append(read_verdict(folder / VERDICT))
         place = folder.relative_to(results_dir).as_posix()
         files |= {f"{place}/figures/{figure.name}.svg": figure.svg for figure in drawn}
         files[f"{place}/{MANIFEST}"] = _manifest(folder, {f"figures/{f.name}.svg": f.svg for f in drawn})
         figures += [(folder.parent.name, folder.name, f"{place}/figures/{f.name}.svg", f.caption) for f in drawn]
-    arms = [table for table in arms if table]
+    arms = [table for table in map(tables.arm_table, verdicts) if table]
+    found = findings(rows)
     sections = [tables.matrix_markdown(*found) for found in matrices]
     if arms:
         sections += ["## Metrics of the arms, means over launches", *map(tables.arm_table_markdown, arms)]
     files["RESULTS.md"] = tables.markdown(rows, [*sections, *_figure_sections(figures)]).encode()
     files["results.tex"] = tables.latex(rows).encode()
     files["results.csv"] = tables.comma_separated(rows).encode()
-    files["index.html"] = page.render(rows, figures, matrices, arms).encode()
+    files["index.html"] = page.render(rows, figures, matrices, arms, found).encode()
     beside = readme.readme_of(results_dir)
     if beside:
-        files["../README.md"] = readme.with_results(beside.read_text(), rows).encode()
+        files["../README.md"] = readme.with_results(beside.read_text(), found, verdicts).encode()
     return files
 
 

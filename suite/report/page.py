@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jinja2 import Environment
 
+from suite.report.findings import Finding
 from suite.report.rows import GRADED, TIERS, Row, headlines
 from suite.report.svg import scientific
 from suite.report.tables import PRECISIONS, TIER_TITLES, ArmTable, Matrix, cells
@@ -58,6 +59,11 @@ table.claims thead { display: none }
 <p class="soft">Paper: <a href="https://arxiv.org/abs/2510.26788">arXiv 2510.26788</a>. A desk or node verdict is about
 the mechanism and never counts as the paper's. Also as <a href="RESULTS.md">Markdown</a>, <a href="results.csv">CSV</a> and
 <a href="results.tex">LaTeX</a>.</p>
+{% if findings %}<h2 id="findings">Findings</h2>
+<table class="findings"><thead><tr><th>question</th><th>answer</th><th>estimate [90 % interval]</th><th>task</th></tr></thead><tbody>
+{% for one in findings %}<tr><td>{{ one.question }}</td><td><strong>{{ one.answer }}</strong></td><td class="number">{{ one.numbers }}</td>
+<td>{{ one.tasks|join(", ") }}</td></tr>
+{% endfor %}</tbody></table>{% endif %}
 <fieldset id="filter" hidden><legend>Show</legend>
 {% for name in tiers %}<label><input type="checkbox" data-tier="{{ name }}" checked> {{ name }}</label>{% endfor %}
 {% for name in words %}<label><input type="checkbox" data-verdict="{{ name }}" checked> {{ name }}</label>{% endfor %}
@@ -130,12 +136,12 @@ if (waiting && {{ published|tojson }}) { waiting.checked = false; show(); }
 
 
 def render(rows: list[Row], figures: list[tuple[str, str, str, str]], matrices: list[tuple[str, str, Matrix]],
-           arms: list[ArmTable] = ()) -> str:
+           arms: list[ArmTable] = (), findings: list[Finding] = ()) -> str:
     """The page. figures: (task, hardware, path below results/, caption); matrices: (task, hardware, matrix)."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     present = {row.verdict or "REPORTED" for row in rows}
     return template.render(
-        rows=rows, published=any(row.fingerprint for row in rows), figures=figures, matrices=matrices, arms=arms, headlines=headlines(rows) or [("all", "no tasks")],
+        rows=rows, published=any(row.fingerprint for row in rows), figures=figures, matrices=matrices, arms=arms, findings=findings, headlines=headlines(rows) or [("all", "no tasks")],
         tiers=[tier for tier in TIERS if any(row.tier == tier for row in rows)], titles=TIER_TITLES, cells=cells,
         words=[word for word in (*GRADED, "REPORTED") if word in present], precisions=PRECISIONS, scientific=scientific,
     )  # fmt: skip
