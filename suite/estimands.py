@@ -158,6 +158,12 @@ DATASET_ESTIMANDS: dict[str, Estimand] = {
         ("num_parse_boxed", "problems whose gold answer math-verify parses inside \\boxed{}", "problems"),
         ("num_parse_expression", "as num_parse_boxed, to a mathematical object and not just to text", "problems"),
         ("num_self_verified", "problems whose gold answer math-verify finds equal to itself", "problems"),
+        ("num_golds_graders_differ", "problems over whose gold answer, given as the answer, the graders differ (suite, "
+         "mathd_sympy, oat)", "problems"),
+        ("num_variants", "gold answers written in another way, or changed: at most 25 for each of 8 rules", "answers"),
+        ("num_variants_graders_differ", "of those, the ones over which the graders differ", "answers"),
+        ("num_variants_mathd_sympy_differs", "of those, the ones that suite and mathd_sympy judge differently", "answers"),
+        ("num_variants_oat_differs", "of those, the ones that suite and oat judge differently", "answers"),
         ("gold_chars_max", "longest gold answer", "characters"),
         ("prompt_chars_mean", "mean length of problem and instruction", "characters"),
         ("prompt_chars_max", "longest problem and instruction", "characters"),

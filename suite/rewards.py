@@ -11,6 +11,8 @@ Where an answer stands, by format (sources: sail-sg/Precision-RL oat/main.py and
     qwen_math           the last \\boxed{...} of the response (LoRA on Qwen2.5-Math)
     desk                as boxed_after_think; the answer is an integer in decimal digits and compared as such
 
+Who compares is the grader: `suite`, or by name one of those that made the paper's numbers (paper_graders.py).
+
 OAT gives 0 to a response that was cut at the length limit, whatever it holds; VeRL does not: `zero_truncated`.
 """
 
@@ -23,6 +25,7 @@ from suite.workers import Workers
 
 Format = Literal["boxed_after_think", "answer_tags", "qwen_math", "desk"]
 Outcome = Literal["correct", "wrong", "no_answer", "format", "truncated", "timeout", "crashed"]
+Grader = Literal["suite", "mathd_sympy", "oat"]
 Gold = str | tuple[str, ...]  # several golds: any of them counts
 
 # The format in which a prompt template (data.py) asks for the answer.
@@ -91,14 +94,14 @@ def extract_answer(text: str, format: Format) -> str | None:
     return (region if bare else last_boxed(region) or "").strip() or None
 
 
-def quick_verdict(answer: str, gold: Gold) -> bool | None:
-    """Equality that needs no algebra: the same text, or two integers. None where a worker has to say."""
+def quick_verdict(answer: str, gold: Gold, integers: bool = True) -> bool | None:
+    """Equality that needs no algebra: the same text, or, with `integers`, two integers. None where a worker has to say."""
     golds = _as_tuple(gold)
     if answer in (one.strip() for one in golds):
         return True
     if len(answer) > MAX_ANSWER_CHARS:
         return False
-    if all(INTEGER.fullmatch(one.strip()) for one in (answer, *golds)):
+    if integers and all(INTEGER.fullmatch(one.strip()) for one in (answer, *golds)):
         return int(answer) in (int(one) for one in golds)
     return None
 
@@ -124,14 +127,19 @@ class RewardPool:
         timeout_seconds: wall time for one answer, hard. (The authors allow 10 s in VeRL and 1 s in OAT.)
         num_workers: processes; `desk` starts none.
         zero_truncated: a response cut at the length limit gets 0 (OAT's rule).
+        grader: null is `suite`; `desk` has none but its own.
     """
 
     def __init__(
-        self, format: Format, timeout_seconds: float = 5.0, num_workers: int = 2, zero_truncated: bool = False
-    ):
+        self, format: Format, timeout_seconds: float = 5.0, num_workers: int = 2, zero_truncated: bool = False,
+        grader: Grader | None = None,
+    ):  # fmt: skip
         if format not in get_args(Format):
             raise ValueError(f"format: found {format!r}, allowed: {', '.join(get_args(Format))}")
-        self.format, self.zero_truncated = format, zero_truncated
+        graders = ("desk's own (null)",) if format == "desk" else get_args(Grader)
+        if grader is not None and grader not in graders:
+            raise ValueError(f"grader: found {grader!r}, allowed with format {format}: {', '.join(graders)}")
+        self.format, self.zero_truncated, self.grader = format, zero_truncated, grader or "suite"
         self.workers = Workers(num_workers, timeout_seconds)
         self._known: dict[tuple, Outcome] = {}  # verdicts of the workers; rollouts of one prompt repeat each other
 
@@ -167,13 +175,16 @@ class RewardPool:
         answer = extract_answer(text, self.format)
         if answer is None:
             return "no_answer"
-        same = quick_verdict(answer, gold)
-        return (answer, *_as_tuple(gold)) if same is None else "correct" if same else "wrong"
+        golds = _as_tuple(gold)
+        if self.grader != "suite":
+            golds = tuple(last_boxed(one) or one for one in golds)
+        same = quick_verdict(answer, golds, integers=self.grader == "suite")
+        return (answer, *golds) if same is None else "correct" if same else "wrong"
 
     def _judge(self, pairs: list[tuple[str, ...]]) -> dict[tuple[str, ...], Outcome]:
         known = {pair: self._known[pair] for pair in pairs if pair in self._known}
         new = [pair for pair in pairs if pair not in known]
-        for pair, (status, same) in zip(new, self.workers.run([("suite", *pair) for pair in new]), strict=True):
+        for pair, (status, same) in zip(new, self.workers.run([(self.grader, *pair) for pair in new]), strict=True):
             known[pair] = status if status != "done" else "correct" if same else "wrong"
             if status != "crashed" and len(self._known) < 100_000:  # a late answer is not paid for twice
                 self._known[pair] = known[pair]

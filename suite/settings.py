@@ -143,6 +143,8 @@ class Data(Strict):
     every launch of an RL task has the same problems. kept: these problems of an earlier filter instead of all.
     keep_accuracy: of the filter protocol, the band of initial accuracy that is kept, ends included; reference: the set
     that its own is compared with. zero_truncated: a response cut at the length limit gets reward 0 whatever it holds.
+    grader: who compares an answer with the gold answer: the suite (null too), or one of the two that made the paper's
+    numbers, of VeRL and of OAT (paper_graders.py).
     """
 
     id: str | None = None
@@ -162,6 +164,7 @@ class Data(Strict):
     held_out: HeldOut | None = None
     zero_truncated: bool | None = None
     reward_timeout_s: Annotated[float, Field(gt=0)] | None = None
+    grader: Literal["suite", "mathd_sympy", "oat"] | None = None
 
 
 class Rollout(Strict):

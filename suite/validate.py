@@ -110,7 +110,7 @@ def _resolution_errors(task: Task) -> list[TaskError]:
                 errors["grid"] = TaskError(task.file, "grid" if cell.point else f"arms.{cell.arm}", found, allowed)
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
-        errors |= _sampling_errors(task, cells) | _adapter_errors(task, cells) | _rounding_errors(task, cells)
+        errors |= _sampling_errors(task, cells) | _adapter_errors(task, cells) | _grader_errors(task, cells) | _rounding_errors(task, cells)
     return list(errors.values())
 
 
@@ -141,6 +141,13 @@ def _rounding_errors(task: Task, cells: list) -> dict[str, TaskError]:
             allowed = f"nothing, unless precision.rollout is one of {COARSE_FORMATS[0]} to {COARSE_FORMATS[-1]}"
             found[key] = TaskError(task.file, f"{cell.arm}: {key}", rounded, allowed)
     return found
+
+
+def _grader_errors(task: Task, cells: list) -> dict[str, TaskError]:
+    """Desk problems have one check, an integer; a grader beside it would be ignored."""
+    found = [cell.get("data.grader", None) for cell in cells if cell.get("data.template", None) == "desk"]
+    allowed = "nothing with data.template desk, whose answers are integers compared as such"
+    return {"data.grader": TaskError(task.file, "data.grader", one, allowed) for one in found if one is not None}
 
 
 def _adapter_errors(task: Task, cells: list) -> dict[str, TaskError]:

@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from suite.algebra import same_value
 from suite.answers import same_answer
+from suite.paper_graders import mathd_sympy, oat
 
 WORKER_MEMORY_BYTES = 1 << 30  # address space; math-verify with sympy needs about a tenth of it
 WORKER_START_SECONDS = 120.0
@@ -67,12 +68,17 @@ def equivalent(answer: str, *golds: str) -> bool:
     return any(verify(_parsed_gold(gold), found, timeout_seconds=None) for gold in golds)
 
 
-def suite_grader(answer: str, *golds: str) -> bool:
-    """Whether `answer` is one of `golds` by the suite's own rules (answers.py)."""
-    return any(same_answer(gold, answer, same_value) for gold in golds)
+def any_gold(grader: Callable[[str, str], bool]) -> Callable[..., bool]:
+    return lambda answer, *golds: any(grader(answer, gold) for gold in golds)
 
 
-OPERATIONS = {"parses": parses, "equivalent": equivalent, "suite": suite_grader}
+OPERATIONS = {
+    "parses": parses,
+    "equivalent": equivalent,
+    "suite": any_gold(lambda answer, gold: same_answer(gold, answer, same_value)),
+    "mathd_sympy": any_gold(mathd_sympy),
+    "oat": any_gold(oat),
+}
 
 
 def worker_main(cpu_seconds: float) -> None:

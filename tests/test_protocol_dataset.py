@@ -14,7 +14,7 @@ from suite.estimands import DATASET_ESTIMANDS
 from suite.estimands import ESTIMANDS as MISMATCH_ESTIMANDS
 from suite.plan import plan
 from suite.protocols import Session
-from suite.protocols.dataset import find_tokenizer, measure_dataset, run
+from suite.protocols.dataset import find_tokenizer, measure_dataset, run, variants
 from suite.record import read_metrics, read_run
 from suite.writer import open_run
 from suite.task import find_repo, load_task
@@ -40,6 +40,11 @@ COUNTS = {
     "num_parse_boxed": 3,
     "num_parse_expression": 3,
     "num_self_verified": 3,
+    "num_golds_graders_differ": 0,
+    "num_variants": 0,
+    "num_variants_graders_differ": 0,
+    "num_variants_mathd_sympy_differs": 0,
+    "num_variants_oat_differs": 0,
     "gold_chars_max": 8,
     "prompt_chars_mean": len(INSTRUCTION) + 2,
     "prompt_chars_max": len(INSTRUCTION) + 3,
@@ -95,6 +100,28 @@ def test_an_answer_that_cannot_be_graded_is_counted(data, tmp_path):
     counts = measure_dataset(data | {"files": [{"name": "hard.parquet"}]}, num_workers=1)
     assert (counts["num_unique"], counts["num_parse_boxed"], counts["num_parse_expression"]) == (3, 2, 1)
     assert counts["num_self_verified"] == 2
+
+
+def test_graders_differ_over_variants_that_are_known(data, tmp_path):
+    golds = ["\\frac{1}{3}", "-26", "10001_2", "1, 2", "(1, 2)"]
+    assert variants(golds) == [
+        ("\\frac{1}{3}", "1/3"),
+        ("\\frac{1}{3}", "0.333333"),  # right for OAT alone: math-verify rounds to six places
+        ("-26", "-26\\%"),
+        ("1, 2", "2, 1"),  # wrong for VeRL alone: it compares text
+        ("(1, 2)", "(2, 1)"),
+        ("10001_2", "10001_{3}"),  # right for OAT alone: math-verify drops the base
+        ("-26", "-25"),
+    ]
+    pq.write_table(pa.Table.from_pylist([verl_row(gold, gold) for gold in golds]), tmp_path / "known.parquet")
+    counts = measure_dataset(data | {"files": [{"name": "known.parquet"}]}, num_workers=1)
+    assert {name: counts[name] for name in counts if "differ" in name or name == "num_variants"} == {
+        "num_golds_graders_differ": 0,
+        "num_variants": 7,
+        "num_variants_graders_differ": 3,
+        "num_variants_mathd_sympy_differs": 1,
+        "num_variants_oat_differs": 2,
+    }
 
 
 def test_token_lengths_with_a_tokenizer_at_hand(data, tmp_path):

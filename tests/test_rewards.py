@@ -114,7 +114,20 @@ def test_truncated_responses_get_zero_only_where_the_setting_says_so():
         assert verl.score(texts, golds, cut) == [CORRECT, CORRECT]
 
 
+def test_the_grader_is_the_one_that_is_named():
+    texts, golds = [thought("0.333333"), thought("10001_3")], ["\\frac{1}{3}", "10001_2"]
+    found = {}
+    for grader in (None, "suite", "mathd_sympy", "oat"):
+        with RewardPool("boxed_after_think", timeout_seconds=60, num_workers=1, grader=grader) as one:
+            found[grader] = [reward.value for reward in one.score(texts, golds)]
+    assert found == {None: [0.0, 0.0], "suite": [0.0, 0.0], "mathd_sympy": [0.0, 0.0], "oat": [1.0, 1.0]}
+
+
 def test_bad_calls_are_refused():
+    with pytest.raises(ValueError, match="allowed with format qwen_math: suite, mathd_sympy, oat"):
+        RewardPool("qwen_math", grader="mathd")
+    with pytest.raises(ValueError, match="allowed with format desk: desk's own"):
+        RewardPool("desk", grader="oat")
     with pytest.raises(ValueError, match="allowed: boxed_after_think"):
         RewardPool("boxed")
     with pytest.raises(ValueError, match="as many"):

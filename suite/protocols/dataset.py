@@ -5,16 +5,32 @@ lengths: one row of metrics. Runs on a CPU, without torch. Lengths in tokens onl
 this machine.
 """
 
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from suite.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
 from suite.estimands import PROMPT_LIMIT_TOKENS
+from suite.rewards import Grader
 from suite.task import find_repo
 from suite.workers import Workers, boxed
+
+# A gold answer written in another way, or changed: (pattern of the whole gold answer, what is made of it).
+VARIANTS: dict[str, tuple[str, Callable[[re.Match], str]]] = {
+    "a/b": (r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", lambda m: f"{m[1]}{m[2]}/{m[3]}"),
+    "rounded to six places": (r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", lambda m: f"{m[1]}{int(m[2]) / int(m[3]):.6f}"),
+    "grouped by a thin space": (r"(-?\d{1,3})(\d{3})", lambda m: f"{m[1]}\\,{m[2]}"),
+    "with a per cent sign": (r"-?\d{1,3}", lambda m: f"{m[0]}\\%"),
+    "without \\text": (r"\\text\{([^{}]*)\}", lambda m: m[1]),
+    "in another order": (r"[([]?[^()[\]{}]*,[^()[\]{}]*[)\]]?", lambda m: _reversed(m[0])),
+    "in another base": (r"(-?\d+)_\{?(\d+)\}?", lambda m: f"{m[1]}_{{{int(m[2]) + 1}}}"),
+    "one more": (r"-?\d+", lambda m: str(int(m[0]) + 1)),
+}
+VARIANTS_OF_A_RULE = 25
+
 
 def run(cells: list, session) -> None:
     """Measure the data set of every cell that has no finished run.
@@ -65,7 +81,8 @@ def measure_dataset(
         kept = set(list(count_copies(rows))[:limit])
         rows = [row for row in rows if row in kept]
     with Workers(num_workers, timeout_seconds) as workers:
-        gradable = measure_golds(list(count_copies(rows)), workers)
+        problems = list(count_copies(rows))
+        gradable = measure_golds(problems, workers) | measure_graders(problems, workers)
     pinned = {"num_files_pinned": sum(is_pinned for _, is_pinned in files)}
     return pinned | measure_rows(rows) | gradable | measure_tokens(rows, tokenizer_file)
 
@@ -114,6 +131,49 @@ def measure_golds(problems: list[Row], workers: Workers) -> dict[str, float]:
         "num_parse_expression": kept([("parses", boxed(gold)) for gold in golds], lambda kind: kind == "expression"),
         "num_self_verified": kept([("equivalent", gold, gold) for gold in golds], bool),
     }
+
+
+def measure_graders(problems: list[Row], workers: Workers) -> dict[str, float]:
+    """Over how many gold answers, given as answers, and over how many variants of them the graders differ. An answer
+    that is late counts as not equal."""
+    golds = [row.gold[0] for row in problems]
+    selves, pairs = [(gold, gold) for gold in golds], variants(golds)
+    judged = {name: _verdicts(name, selves + pairs, workers) for name in get_args(Grader)}
+    rows = list(zip(*judged.values(), strict=True))
+    verdicts = {name: values[len(golds) :] for name, values in judged.items()}
+
+    def differing(name: str) -> int:
+        return sum(a != b for a, b in zip(verdicts["suite"], verdicts[name], strict=True))
+
+    return {
+        "num_golds_graders_differ": sum(len(set(row)) > 1 for row in rows[: len(golds)]),
+        "num_variants": len(pairs),
+        "num_variants_graders_differ": sum(len(set(row)) > 1 for row in rows[len(golds) :]),
+        "num_variants_mathd_sympy_differs": differing("mathd_sympy"),
+        "num_variants_oat_differs": differing("oat"),
+    }
+
+
+def variants(golds: list[str]) -> list[tuple[str, str]]:
+    """(gold, variant) pairs: for each rule the first VARIANTS_OF_A_RULE distinct golds that it changes."""
+    pairs = []
+    for pattern, change in VARIANTS.values():
+        found = [(gold, change(m)) for gold in dict.fromkeys(golds) if (m := re.fullmatch(pattern, gold.strip()))]
+        pairs += [(gold, variant) for gold, variant in found if variant != gold][:VARIANTS_OF_A_RULE]
+    return pairs
+
+
+def _reversed(listed: str) -> str:
+    inner = listed.strip("()[]")
+    start = listed.index(inner)
+    return listed[:start] + ", ".join(term.strip() for term in inner.split(",")[::-1]) + listed[start + len(inner) :]
+
+
+def _verdicts(grader: str, pairs: list[tuple[str, str]], workers: Workers) -> list[bool]:
+    distinct = list(dict.fromkeys(pairs))
+    results = workers.run([(grader, answer, gold) for gold, answer in distinct])
+    equal = {pair: status == "done" and bool(value) for pair, (status, value) in zip(distinct, results, strict=True)}
+    return [equal[pair] for pair in pairs]
 
 
 def measure_tokens(rows: list[Row], tokenizer_file: Path | None) -> dict[str, float]:

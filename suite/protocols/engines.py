@@ -120,10 +120,10 @@ def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Ca
 
 
 def reward_pool(data: dict) -> RewardPool:
-    """The grader of a data section: its format, the time for one answer, and what a truncated response is worth."""
+    """The rewards of a data section: format, grader, the time for one answer, and what a truncated response is worth."""
     seconds = {"timeout_seconds": data["reward_timeout_s"]} if data.get("reward_timeout_s") else {}
     format = FORMAT_OF_TEMPLATE[data.get("template") or "none"]
-    return RewardPool(format, zero_truncated=bool(data.get("zero_truncated")), **seconds)
+    return RewardPool(format, zero_truncated=bool(data.get("zero_truncated")), grader=data.get("grader"), **seconds)
 
 
 def group_cells(cells: list[Cell], paths: tuple[str, ...]) -> list[list[Cell]]:
