@@ -2,7 +2,6 @@
 says it is.
 """
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -153,6 +152,21 @@ def test_the_response_sees_the_prompt_across_a_gap_and_the_loss_is_the_plain_one
     assert (batch_loss(model, other_prompt) - batch_loss(model, gapped)).abs() > 1e-4
 
 
+def test_balance_is_two_experts_where_all_are_used_alike_and_leaves_the_loss_of_other_models_alone():
+    from suite.desk.recipe import SIZES, _imbalance, batch_loss, draw_batch, new_model
+    from suite.desk.tokenizer import build_tokenizer
+
+    torch.set_num_threads(1)
+    tokenizer = build_tokenizer()
+    model = new_model(SIZES["qwen3-moe-2m"], tokenizer).eval()
+    alike = torch.eye(8).repeat(4, 1) * 1e-6 + torch.eye(8).roll(1, 0).repeat(4, 1) * 1e-6  # each token takes two, in turn
+    assert _imbalance(model, (alike, alike)).item() == pytest.approx(2, rel=1e-4)
+    always_the_first_two = torch.tensor([[9.0, 9, 0, 0, 0, 0, 0, 0]]).repeat(32, 1)
+    assert _imbalance(model, (always_the_first_two,)).item() > 7.9
+    batch = draw_batch(random.Random(5), tokenizer, 200, max_terms=4)
+    assert batch_loss(model, batch, 0.01) > batch_loss(model, batch) + 0.0199
+
+
 @pytest.mark.parametrize("off", ["held_out_loss_nats", "trained"])
 def test_check_notices_a_figure_out_of_tolerance_or_missing(off, capsys):
     shipped = json.loads((build.folder_of("1m") / "training.json").read_text())["behaviour"]
@@ -205,21 +219,22 @@ def test_the_shipped_weights_are_bf16_values_within_fp16_range_and_the_head_is_t
     for name, weight in model.named_parameters():
         assert torch.equal(weight, weight.to(torch.bfloat16).float()), name
         assert weight.isfinite().all() and weight.abs().max() < 1000, name
-    is_llama = model.config.model_type == "llama"
-    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == is_llama, "tied in Llama 3.2, untied in ours"
-    assert any(name.endswith("q_proj.bias") for name, _ in model.named_parameters()) == (not is_llama)
-    assert model.config.num_key_value_heads == model.config.num_attention_heads // (2 if is_llama else 1)
-    assert sum(p.numel() for p in model.parameters()) == training["num_parameters"] <= 1_200_000
+    family = model.config.model_type
+    tied = torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert tied == (family == "llama"), "tied in Llama 3.2, untied in ours"
+    assert any(name.endswith("q_proj.bias") for name, _ in model.named_parameters()) == (family == "qwen2")
+    assert model.config.num_key_value_heads == model.config.num_attention_heads // (1 if family == "qwen2" else 2)
+    assert sum(p.numel() for p in model.parameters()) == training["num_parameters"] <= 1_900_000
     assert model.config.vocab_size == len(tokenizer) and model.config.max_position_embeddings == 2048
 
 
 def test_the_shipped_recipe_is_the_one_in_the_code(shipped):
     """Whoever changes the recipe must re-make the checkpoint."""
-    from suite.desk.recipe import SIZES
+    from suite.desk.recipe import SIZES, Recipe
 
     model, _, training = shipped
     recipe = SIZES[training["size"]]
-    assert training["recipe"] | {"family": model.config.model_type} == dataclasses.asdict(recipe)
+    assert Recipe(**training["recipe"]) == recipe and recipe.family == model.config.model_type
     assert model.config.rope_parameters["rope_theta"] == recipe.rope_theta
     assert (model.config.num_hidden_layers, model.config.hidden_size) == (recipe.num_layers, recipe.hidden)
 

@@ -25,7 +25,8 @@ TRAIN_SEED_BASE = 1_000_003  # seeds of batches start here; tasks use small seed
 @dataclass(frozen=True)
 class Recipe:
     """Architecture and training budget of one size. Qwen2 models have a head of their own; Llama models are built like
-    Llama 3.2: no biases, the head tied to the embedding, two query heads to a key.
+    Llama 3.2: no biases, the head tied to the embedding, two query heads to a key. Qwen3-MoE models have two query heads
+    to a key too, and in every layer `num_experts` experts of width `intermediate`, of which a token's router takes two.
     """
 
     num_layers: int
@@ -43,6 +44,8 @@ class Recipe:
     num_threads: int = 2
     seed: int = 0
     family: str = "qwen2"
+    num_experts: int = 0
+    balance: float = 0.0  # weight of the load-balancing loss beside the cross-entropy, so that no expert goes unused
 
 
 SIZES = {
@@ -51,6 +54,10 @@ SIZES = {
     "30m": Recipe(8, hidden=512, intermediate=1792, num_heads=16, steps=4000, tokens_per_step=4000, peak_lr=7e-4),
     "llama-1m": Recipe(
         5, hidden=128, intermediate=256, num_heads=4, steps=4000, tokens_per_step=2500, peak_lr=3e-3, family="llama"
+    ),
+    "qwen3-moe-2m": Recipe(
+        4, hidden=128, intermediate=128, num_heads=4, steps=4000, tokens_per_step=2500, peak_lr=3e-3, num_threads=1,
+        family="qwen3_moe", num_experts=8, balance=0.01,
     ),
 }
 
@@ -84,7 +91,23 @@ def new_model(recipe: Recipe, tokenizer) -> torch.nn.Module:
     if recipe.family == "llama":
         num_key_heads = recipe.num_heads // 2
         return LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=num_key_heads, tie_word_embeddings=True))
+    if recipe.family == "qwen3_moe":
+        return _mixture(recipe, shape)
     return Qwen2ForCausalLM(Qwen2Config(**shape, num_key_value_heads=recipe.num_heads, tie_word_embeddings=False))
+
+
+def _mixture(recipe: Recipe, shape: dict) -> torch.nn.Module:
+    """A Qwen3-MoE whose every layer has experts; each expert is a plain loop's turn, which any build of torch can do."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **shape, num_key_value_heads=recipe.num_heads // 2, head_dim=recipe.hidden // recipe.num_heads,
+        num_experts=recipe.num_experts, num_experts_per_tok=2, moe_intermediate_size=recipe.intermediate,
+        norm_topk_prob=True, decoder_sparse_step=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation("eager")
+    return model
 
 
 @dataclass(frozen=True)
@@ -127,18 +150,31 @@ def draw_batch(rng: random.Random, tokenizer, num_tokens: int, max_terms: int, m
     return Batch(ids, positions, labels)
 
 
-def batch_loss(model, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy in nats per response token; the head runs on response positions only.
+def batch_loss(model, batch: Batch, balance: float = 0.0) -> torch.Tensor:
+    """Mean cross-entropy in nats per response token; the head runs on response positions only. With `balance` that many
+    times the load-balancing loss of the routers is added, over all positions.
 
     The mask of ones is not idle: without one, transformers reads a jump in the positions as the start of another
     sequence.
     """
     attend = torch.ones_like(batch.ids)
-    output = model.model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=attend, use_cache=False)
+    wanted_too = {"output_router_logits": True} if balance else {}
+    output = model.model(
+        input_ids=batch.ids, position_ids=batch.positions, attention_mask=attend, use_cache=False, **wanted_too
+    )
     hidden = output.last_hidden_state[:, :-1]  # (B, T-1, H)
     wanted = batch.labels[:, 1:]
     kept = wanted != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), wanted[kept])
+    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), wanted[kept])
+    return loss + balance * _imbalance(model, output.router_logits) if balance else loss
+
+
+def _imbalance(model, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The routers' load-balancing loss: number of experts x sum over experts of (share of tokens) x (mean probability);
+    the number of experts per token where all are used alike."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    return load_balancing_loss_func(router_logits, model.config.num_experts, model.config.num_experts_per_tok)
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -170,7 +206,7 @@ def train(recipe: Recipe, tokenizer, steps: int | None = None, log=print) -> tor
     for step in range(steps):
         rng = random.Random(TRAIN_SEED_BASE + step)
         batch = draw_batch(rng, tokenizer, recipe.tokens_per_step, max_terms_at(step, steps), recipe.max_gap)
-        loss = batch_loss(model, batch)
+        loss = batch_loss(model, batch, recipe.balance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
