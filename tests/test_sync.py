@@ -12,7 +12,7 @@ from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requ
 
 pytestmark = pytest.mark.engine
 
-KINDS = {"untied": {}, "tied": {"tied": True}, "experts": {"experts": True}}
+KINDS = {"untied": {}, "tied": {"tied": True}, "experts": {"experts": True}, "experts-moe": {"experts": True}}
 
 
 class WithoutRepair:
@@ -35,13 +35,15 @@ def nudge(named_masters) -> None:
 
 
 @pytest.mark.parametrize(("kind", "dtype", "stale_without_repair"), [
-    ("untied", "bf16", False), ("tied", "fp32", True), ("tied", "bf16", True), ("experts", "fp32", True), ("experts", "fp16", True),
+    ("untied", "bf16", False), ("tied", "fp32", True), ("tied", "bf16", True), ("experts", "fp16", True),
+    ("experts-moe", "fp32", True), ("experts-moe", "bf16", True),
 ])  # fmt: skip
 def test_every_weight_arrives_and_a_stale_one_is_caught_at_the_first_sync(tmp_path, kind, dtype, stale_without_repair):
     folder = write_model(tmp_path / "model", **KINDS[kind])
     sampler = load_sampler(folder, ROLLOUT, dtype, [EOS])
     try:
-        trainer = load_trainer(folder, TRAIN | {"optimizer": OPTIMIZER}, {"rollout": dtype, "train": dtype}, 1.0)
+        train = TRAIN | {"optimizer": OPTIMIZER, "engine": "moe" if kind == "experts-moe" else "dense"}
+        trainer = load_trainer(folder, train, {"rollout": dtype, "train": dtype}, 1.0)
         probe = Probe(as_sequences(sampler.sample(some_requests(8))), dtype)
         floor = prove_sync(trainer, sampler, dtype, probe)
         assert floor.logprob_diff_mean < {"fp32": 1e-5, "bf16": 0.1, "fp16": 0.02}[dtype]
