@@ -15,7 +15,8 @@ from suite.plan import Cell, plan
 from suite.task import Task
 
 STEPS = 2
-OTHER_FAMILIES = ("llama",)  # that have an embedded model of their own; every other one is rehearsed on a Qwen2
+# The embedded model of a family; every other family is rehearsed on the Qwen2.
+EMBEDDED = {"llama": "llama-1m", "qwen3_moe": "qwen3-moe-2m"}
 MAX_TOKENS, MAX_MODEL_LEN = 192, 256
 NUM_TERMS = (12, 16)  # half of the answers are wrong: groups disagree, and there is a gradient
 PROMPTS, SAMPLES, BATCH = 4, 4, 4
@@ -33,8 +34,9 @@ def rehearsal(task: Task) -> list[Cell]:
 
 def cut_down(settings: dict) -> dict:
     """Resolved settings of a cell, with model, data and sizes of a rehearsal."""
-    family = settings["model"]["family"] if settings["model"]["family"] in OTHER_FAMILIES else "qwen2"
-    model = {"id": f"desk/{family}-1m", "path": f"baselines/desk/{family}-1m", "family": family}
+    family = settings["model"]["family"] if settings["model"]["family"] in EMBEDDED else "qwen2"
+    name = EMBEDDED.get(family, "qwen2-1m")
+    model = {"id": f"desk/{name}", "path": f"baselines/desk/{name}", "family": family}
     data = {"id": "desk/sum-mod-100", "template": "desk", "num_prompts": PROMPTS, "num_terms": list(NUM_TERMS)}
     if settings["data"].get("keep_accuracy"):
         data["keep_accuracy"] = settings["data"]["keep_accuracy"]

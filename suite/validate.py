@@ -18,6 +18,7 @@ from suite.strict_yaml import TaskErrors
 from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
 from suite.validate_paper import paper_errors
 from suite.validate_rl import compare_errors, rl_errors
+from suite.validate_trainer import trainer_errors
 
 # The contrast that each kind of claim speaks about.
 FORMS = {
@@ -110,7 +111,7 @@ def _resolution_errors(task: Task) -> list[TaskError]:
                 errors["grid"] = TaskError(task.file, "grid" if cell.point else f"arms.{cell.arm}", found, allowed)
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
-        errors |= _sampling_errors(task, cells) | _adapter_errors(task, cells) | _grader_errors(task, cells) | _rounding_errors(task, cells)
+        errors |= _sampling_errors(task, cells) | trainer_errors(task, cells) | _grader_errors(task, cells) | _rounding_errors(task, cells)
     return list(errors.values())
 
 
@@ -148,15 +149,6 @@ def _grader_errors(task: Task, cells: list) -> dict[str, TaskError]:
     found = [cell.get("data.grader", None) for cell in cells if cell.get("data.template", None) == "desk"]
     allowed = "nothing with data.template desk, whose answers are integers compared as such"
     return {"data.grader": TaskError(task.file, "data.grader", one, allowed) for one in found if one is not None}
-
-
-def _adapter_errors(task: Task, cells: list) -> dict[str, TaskError]:
-    """Fresh adapters are the model they sit on: without training there is nothing to see of them."""
-    found = {}
-    for cell in cells if task.protocol != "rl" else ():
-        if lora := cell.get("train.lora", None):
-            found["train.lora"] = TaskError(task.file, "train.lora", f"rank {lora['rank']}", "nothing, outside protocol rl")
-    return found
 
 
 def _collect(errors: dict[str, TaskError], task: Task, overrides: dict, point, key: str) -> None:

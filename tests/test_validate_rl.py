@@ -59,6 +59,29 @@ def test_adapters_are_refused_where_nothing_is_trained(tmp_path):
     assert (error.key, error.found, error.allowed) == ("train.lora", "rank 2", "nothing, outside protocol rl")
 
 
+@pytest.mark.parametrize(("edits", "said"), [
+    ([("engine: dense", "engine: moe")], "model.family: found 'qwen2', allowed: qwen3_moe with train.engine moe"),
+    ([("engine: dense", "engine: moe\n  attention: eager"), ("family: qwen2", "family: qwen3_moe")], "train.attention: found 'eager', allowed: sdpa"),
+    ([("engine: dense", "engine: moe\n  lora: {{rank: 2, alpha: 4, targets: [q_proj]}}"), ("family: qwen2", "family: qwen3_moe")],
+     "train.lora: found 'rank 2', allowed: nothing with train.engine moe"),
+    ([("engine: dense", "engine: moe\n  parallel: {{data: 4, expert: 3}}"), ("family: qwen2", "family: qwen3_moe")],
+     "train.parallel.expert: found 3, allowed: a divisor of train.parallel.data, 4"),
+    ([("engine: dense", "engine: dense\n  parallel: {{data: 4, expert: 2}}")], "train.parallel.expert: found 2, allowed: 1 with train.engine dense"),
+])  # fmt: skip
+def test_what_a_trainer_cannot_do_is_refused(tmp_path, edits, said):
+    text = RL
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    found = [str(error) for error in check(task_of(tmp_path, text, claim("threshold", GRADE)))[0]]
+    assert len(found) == 1 and said in found[0], found
+
+
+def test_a_moe_trainer_of_a_mixture_is_accepted(tmp_path):
+    text = RL.replace("engine: dense", "engine: moe\n  parallel: {{data: 4, expert: 2}}").replace("family: qwen2", "family: qwen3_moe")
+    assert check(task_of(tmp_path, text, claim("threshold", GRADE)))[0] == []
+
+
 def test_a_batch_shape_must_be_said(tmp_path):
     found = errors_of(tmp_path, "threshold", GRADE, "  score_batch_size: 4\n", "")
     assert any("train.score_batch_size: found 'nothing', allowed: a value (rl needs it)" in line for line in found)
