@@ -11,18 +11,41 @@ prompts. No torch.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from suite import door
 from suite.errors import DataError, NotRunnable
 
 DATA_DIR_VARIABLE = "SUITE_DATA_DIR"
+MAX_ROWS, MAX_BYTES = 2_000_000, 256 * 2**20  # of a problem file
 HUB_SECONDS = 10.0  # how long the hub may take to answer before the data count as out of reach
 # The authors' VeRL files carry it at the end of every problem; their OAT code adds it (oat/main.py).
 INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}.\n"
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_answer(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) and _is_text(kind.value_type)
+    return _is_text(kind) or is_list or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+# The columns that are read, of both layouts; what else a file holds is not looked at.
+COLUMNS = {
+    "prompt": lambda kind: pa.types.is_list(kind) and pa.types.is_struct(kind.value_type),
+    "reward_model": pa.types.is_struct,
+    "problem": _is_text,
+    "answer": _is_answer,
+}
 
 
 @dataclass(frozen=True)
@@ -217,7 +240,8 @@ def locate(data: Mapping[str, Any], name: str | None) -> Path:
         path = Path(data["path"])
         path = path / name if path.is_dir() and name else path
         if not path.is_file():
-            raise DataError(f"{path}: data.path: no such file")
+            what = f"found {door.kind_of(path.stat().st_mode)}, allowed: a file" if path.exists() else "no such file"
+            raise DataError(f"{path}: data.path: {what}")
         return path
     folder = os.environ.get(DATA_DIR_VARIABLE)
     if folder and name and (Path(folder) / name).is_file():
@@ -262,14 +286,17 @@ def check_sha256(path: Path, expected: str | None) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a Parquet file in its order, in either layout. Raises DataError for anything else."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
+    """All rows of a Parquet file in its order, in either layout. Raises DataError for anything else: other columns or types,
+    no rows, damaged bytes, more than MAX_ROWS rows or MAX_BYTES of values."""
+    path, budget = path.resolve(), {"max_rows": MAX_ROWS, "max_bytes": MAX_BYTES, "max_file_bytes": MAX_BYTES}
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as problem:
-        raise DataError(f"{path}: not a Parquet file that can be read: {problem}") from None
+        with door.open_parquet(path, **budget) as file:
+            there = {name: fits for name, fits in COLUMNS.items() if name in file.schema_arrow.names}
+        rows = door.read_parquet(path, there or None, **budget).to_pylist()
+    except door.FileError as problem:
+        raise DataError(str(problem)) from None
+    if not rows:
+        raise DataError(f"{path}: found no rows, allowed: a Parquet file with at least one problem")
     return [_parse_row(path, index, row) for index, row in enumerate(rows)]
 
 
@@ -281,10 +308,13 @@ def _parse_row(path: Path, index: int, row: dict[str, Any]) -> Row:
             return Row(problem, tuple(one.strip() for one in golds))
         case {"problem": str(problem), "answer": str(gold)}:
             return Row(problem, (gold,))
-        case {"problem": str(problem), "answer": float(number)}:
+        case {"problem": str(problem), "answer": int(number)} if not isinstance(number, bool):
+            return Row(problem, (str(number),))
+        case {"problem": str(problem), "answer": float(number)} if math.isfinite(number):
             return Row(problem, (str(int(number)) if number.is_integer() else repr(number),))
-    wanted = "prompt (one user turn) and reward_model.ground_truth, or problem and answer"
-    raise DataError(f"{path}: row {index}: found the keys {sorted(row)}, allowed: {wanted}")
+    wanted = "prompt (one user turn) and reward_model.ground_truth, or problem (text) and answer (text, texts or a finite number)"
+    found = ", ".join(f"{name} {door.printable(repr(value), 60)}" for name, value in sorted(row.items()))
+    raise DataError(f"{path}: row {index}: found {found}, allowed: {wanted}")
 
 
 def as_mapping(data: Mapping[str, Any] | Any) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ MAX_ROLLOUT_VALUES = 2**20  # entries of one list: response tokens, or prompt an
 MAX_GROUP_VALUES = 2**25  # of one column in one row group: 256 MiB of float64
 MAX_GROUP_BYTES = 2**29  # the same in pages, uncompressed
 MAX_LINE_BYTES = 2**24  # of one JSON row: 300,000 tokens with two log-probs of 20 letters each
-MAX_ROWS = 2_000_000  # of all files together
+MAX_ROWS = 1_000_000  # of all files together
 MAX_BYTES = 2**40  # of a file, and of what gzip makes of it: rows and lines are bounded, and read one by one
 BATCH_VALUES = 2**18  # what a batch of rows should hold of one column
 

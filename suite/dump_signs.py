@@ -24,8 +24,9 @@ import numpy as np
 from suite.dump_rows import Rollout
 
 COINCIDENCE = 50.0  # nats: what is less likely than e^-50 did not happen by chance
-SURE_ZERO = -0.01  # log-prob that the other side may have at most where one side is exactly 0.0: an fp32 log-softmax gives
-# 0.0 above 1 - 6e-8, ten nats of logits away from this
+# Where one side is exactly 0.0 (an fp32 log-softmax gives that above 1 - 6e-8), the other has at least this: no rounding of
+# logits moves a token further. At the end of nearly all responses of a launch less is enough: an end that was appended.
+SURE_ZERO, SURE_END, MOST_ENDS, FEW_ENDS = -0.1, -1e-4, 0.9, 8
 FLOOR, FLOOR_TIMES = -5.0, 5  # a value this low is drawn so rarely that five equal ones were not drawn
 GRID_SHARE, GRID_VALUES = 0.9, 8  # share of the values that lie on a grid, and how many different ones it takes
 SMALLEST_ON_GRID = 0.05  # nearer to 0 the fp16 grid is as fine as what a text with six digits can tell
@@ -113,6 +114,8 @@ class LaunchSigns:
     columns: dict[str, ColumnSigns] = field(default_factory=lambda: {name: ColumnSigns() for name in COLUMNS})
     num_tokens: int = 0
     num_different: int = 0
+    num_ends: int = 0
+    zero_ends: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
     zeros: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
     zero_at: dict[str, str] = field(default_factory=dict)
 
@@ -123,12 +126,17 @@ class LaunchSigns:
             row = int(np.searchsorted(ends, token, side="right"))
             return rollouts[row].place(token - int(ends[row - 1] if row else 0))
 
+        last = np.array([end - 1 for end, one in zip(ends, rollouts, strict=True) if one.rollout_logprobs.size], dtype=np.int64)
+        self.num_ends += last.size
         self.num_tokens += mu.size
         self.num_different += int((mu != pi).sum())
         for name, mine, other in (("rollout_logprobs", mu, pi), ("trainer_logprobs", pi, mu)):
             self.columns[name].fold(mine, place)
             odd = np.flatnonzero((mine == 0) & (other < SURE_ZERO))
+            ends_odd = last[(mine[last] == 0) & (other[last] < SURE_END)]
             self.zeros[name] += odd.size
+            self.zero_ends[name] += ends_odd.size
+            odd = np.concatenate([odd, ends_odd])
             if odd.size:
                 self.zero_at.setdefault(name, f"{place(int(odd[0]))} (the other column has {other[odd[0]]:.4g})")
 
@@ -147,13 +155,18 @@ class LaunchSigns:
             if grid:
                 yield Flaw(arm, point, "INCONCLUSIVE", f"{where}: every value of {name} is {grid}: the mismatch is that of "
                            "storage", f"write {name} in fp32, from a log-softmax in fp32")  # fmt: skip
-            elif self.zeros[name]:
-                yield Flaw(arm, point, "INVALID", f"{where}: {name} is exactly 0.0 at {self.zero_at[name]}, {self.zeros[name]} "
+            elif times := self._made_up(name):
+                yield Flaw(arm, point, "INVALID", f"{where}: {name} is exactly 0.0 at {self.zero_at[name]}, {times} "
                            "times in all: a placeholder, for a token that was not sampled",
                            "leave out what was not sampled (prompt, appended end, tool output), or mask it out")  # fmt: skip
             if not grid and column.lowest <= FLOOR and column.num_lowest >= FLOOR_TIMES:
                 yield Flaw(arm, point, "INVALID", f"{where}: {name} is {column.lowest:.6g} {column.num_lowest} times, first at "
                            f"{column.lowest_at}: a floor, or a placeholder", "take log-probs that are not clamped")  # fmt: skip
+
+    def _made_up(self, name: str) -> int:
+        """How many log-probs of exactly 0.0 cannot have been computed."""
+        appended = self.zero_ends[name] >= max(FEW_ENDS, MOST_ENDS * self.num_ends)
+        return max(self.zeros[name], self.zero_ends[name] if appended else 0)
 
 
 # ---- launches beside each other ----------------------------------------------------------------------------------------

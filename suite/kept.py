@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict  # pydantic takes that of typing from Python 3.12 on
+
+from suite import door
 from suite.data import check_sha256, count_copies, locate, read_rows
-from suite.door import read_json
 from suite.errors import DataError
 from suite.files import write_json
 from suite.task import find_repo
@@ -32,6 +34,10 @@ class KeptProblem:
     num_correct: int
 
 
+_KeptRow = TypedDict("_KeptRow", {"prompt_id": str, "problem": str, "gold": list[str], "num_correct": int})
+_KeptSet = TypedDict("_KeptSet", {"schema": int, "problems": list[_KeptRow]})
+
+
 def in_band(num_correct: int, num_samples: int, band: Sequence[float]) -> bool:
     """Whether the accuracy lies in [low, high], ends included: 8 of 40 is 0.2, whatever its binary digits say."""
     low, high = (round(end * num_samples, 6) for end in band)
@@ -46,11 +52,13 @@ def write_kept(path: Path, problems: Sequence[KeptProblem], **origin: Any) -> No
 def read_kept(path: Path) -> list[KeptProblem]:
     """The problems of a kept set, in its order. Raises DataError for a file that is none, or an empty one."""
     try:
-        content = read_json(path.resolve())
-        rows = content["problems"] if content["schema"] == SCHEMA else []
-        problems = [KeptProblem(**row | {"gold": tuple(row["gold"])}) for row in rows]
-    except (ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"{path}: not a kept set of schema {SCHEMA}: {problem!r}") from None
+        content = door.read_json(path.resolve(), _KeptSet)
+    except door.FileError as problem:
+        raise DataError(f"not a kept set of schema {SCHEMA}: {problem}") from None
+    if content["schema"] != SCHEMA:
+        raise DataError(f"{path}: not a kept set of schema {SCHEMA}: found schema {content['schema']}")
+    fields = KeptProblem.__dataclass_fields__
+    problems = [KeptProblem(**{name: row[name] for name in fields} | {"gold": tuple(row["gold"])}) for row in content["problems"]]
     if not problems:
         raise DataError(f"{path}: found no problems, allowed: a kept set of schema {SCHEMA} with at least one")
     return problems

@@ -79,7 +79,7 @@ def test_the_hash_is_checked_before_the_file_is_parsed(folder):
     (folder / "set.parquet").write_bytes(b"binary \0 garbage")
     with pytest.raises(DataError, match="sha256"):
         load_prompts({"files": [{"name": "set.parquet", "sha256": "0" * 64}]})
-    with pytest.raises(DataError, match="not a Parquet file"):
+    with pytest.raises(DataError, match="a readable parquet file"):
         load_prompts({"files": [{"name": "set.parquet", "sha256": "unknown"}]})
 
 
@@ -91,12 +91,53 @@ def test_counts_that_differ_are_refused(three_rows, count):
 
 
 def test_rows_that_cannot_be_used_are_named(folder):
-    write(folder / "odd.parquet", [{"question": "1+1?", "answer": "2"}])
-    with pytest.raises(DataError, match=r"row 0: found the keys \['answer', 'question'\]"):
-        load_prompts({"files": [{"name": "odd.parquet"}]})
-    write(folder / "empty.parquet", [{"problem": "1+1?", "answer": [""]}, {"problem": "1+1?", "answer": []}])
-    with pytest.raises(DataError, match="row 1"):
-        load_prompts({"files": [{"name": "empty.parquet"}]})
+    for rows, says in (
+        ([{"question": "1+1?", "answer": "2"}], "row 0: found answer '2'"),
+        ([{"problem": "1+1?", "answer": [""]}, {"problem": "1+1?", "answer": []}], r"row 1: found answer \[\]"),
+        ([{"problem": "1+1?", "answer": "2"}, {"problem": None, "answer": "2"}], "row 1: .*problem None"),
+        ([{"problem": "a", "answer": 0.5}, {"problem": "b", "answer": float("nan")}], "row 1: found answer nan"),
+        ([{"problem": "a", "answer": float("inf")}], "row 0: found answer inf"),
+        ([{"problem": 5, "answer": "2"}], "problem: found a column of int64"),
+        ([{"problem": "a", "answer": {"text": "2"}}], "answer: found a column of struct"),
+        ([{"question": "a"}], "row 0: found question 'a'"),
+    ):
+        write(folder / "odd.parquet", rows)
+        with pytest.raises(DataError, match=says):
+            load_prompts({"files": [{"name": "odd.parquet"}]})
+
+
+def test_a_file_without_rows_is_no_problem_file(folder):
+    pq.write_table(pa.table({"problem": pa.array([], pa.string()), "answer": pa.array([], pa.string())}), folder / "no.parquet")
+    with pytest.raises(DataError, match="found no rows"):
+        load_prompts({"files": [{"name": "no.parquet"}]})
+
+
+def test_text_that_is_not_utf8_is_refused(folder):
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"problem": bad, "answer": ["2"]}), folder / "bad.parquet")
+    with pytest.raises(DataError, match="UTF"):
+        load_prompts({"files": [{"name": "bad.parquet"}]})
+
+
+def test_a_flipped_byte_is_read_or_refused_and_never_a_traceback(folder):
+    write(folder / "whole.parquet", [verl_row(f"{i}+{i}?", str(2 * i)) for i in range(50)])
+    whole, refused = (folder / "whole.parquet").read_bytes(), 0
+    for at in range(0, len(whole), len(whole) // 40):
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x55
+        (folder / "flipped.parquet").write_bytes(flipped)
+        try:
+            load_prompts({"files": [{"name": "flipped.parquet"}]})
+        except DataError:
+            refused += 1
+    assert refused > 5
+
+
+def test_a_file_that_is_small_on_disk_only_is_refused_by_its_metadata(folder):
+    pq.write_table(pa.table({"problem": ["a"] * 1000, "answer": [["x"] * 20_000] * 1000}), folder / "bomb.parquet")
+    assert (folder / "bomb.parquet").stat().st_size < 2**20
+    with pytest.raises(DataError, match="MiB once read"):
+        load_prompts({"files": [{"name": "bomb.parquet"}]})
 
 
 def test_a_path_wins_over_the_data_folder(three_rows, folder, tmp_path_factory):
@@ -105,6 +146,8 @@ def test_a_path_wins_over_the_data_folder(three_rows, folder, tmp_path_factory):
     for path in (other, other / "set.parquet"):
         prompts = load_prompts({"path": str(path), "files": [{"name": "set.parquet"}]})
         assert [one.gold for one in prompts] == [("18",)]
+    with pytest.raises(DataError, match="found a folder"):
+        load_prompts({"path": str(other)})
     with pytest.raises(DataError, match="no such file"):
         load_prompts({"path": str(other / "gone"), "files": [{"name": "set.parquet"}]})
 
