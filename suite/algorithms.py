@@ -312,7 +312,10 @@ def resolve(name: str, *, file: str = "algorithm settings", **overrides) -> Algo
     resolved = replace(row, **chosen)
     for key, value in chosen.items():
         if not OVERRIDES[key][2](resolved if key == "aggregation_length" else row):
-            raise TaskError(file, f"algorithm.{key}", value, f"nothing: {name} has no {key}", f"{name}: {row.formula}")
+            hint = f"{name}: {row.formula}"
+            if key == "anchor" and row.weight == "old/rollout":
+                hint += "; rho would be 1 for every token and correct nothing: take the row without the correction"
+            raise TaskError(file, f"algorithm.{key}", value, f"nothing: {name} has no {key}", hint)
     if resolved.floor is not None and resolved.floor > resolved.cap:
         key = "floor" if "floor" in chosen else "cap"
         allowed = f"a floor that is at most the cap (floor {resolved.floor}, cap {resolved.cap})"

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from suite.learning_rate import SCHEDULES
 from suite.perturbations import PERTURBATIONS
 from suite.precision import DTYPES, FORMATS, ROUNDED_WHERE
 
@@ -200,6 +201,18 @@ class Perturb(Strict):
     scale: float
 
 
+class LrSchedule(Strict):
+    """How the learning rate falls, in optimizer steps after warm-up (learning_rate.py): `linear` to `final` times
+    the rate over `steps`, `step` by `factor` every `every`. A kind takes its own keys and needs all of them.
+    """
+
+    kind: Literal[*SCHEDULES]
+    steps: Positive | None = None
+    final: Annotated[float, Field(ge=0, lt=1)] | None = None
+    every: Positive | None = None
+    factor: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
 class Optimizer(Strict):
     name: Literal["adamw"]
     lr: Annotated[float, Field(ge=0)]
@@ -207,6 +220,7 @@ class Optimizer(Strict):
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Natural = 0
+    lr_schedule: LrSchedule | None = None
 
 
 class Lora(Strict):

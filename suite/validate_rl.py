@@ -7,6 +7,7 @@ from __future__ import annotations
 from suite.algorithms import ALGORITHMS
 from suite.algorithms import resolve as resolve_algorithm
 from suite.errors import TaskError
+from suite.learning_rate import SCHEDULES
 from suite.perturbations import PERTURBATIONS
 from suite.precision import COARSE_FORMATS, DTYPES
 from suite.plan import arm_names, grid_points, read_path, resolve
@@ -21,7 +22,7 @@ def rl_errors(task: Task) -> list[TaskError]:
     if task.protocol != "rl":
         return []
     cells = _resolved(task)
-    checks = (_algorithm, _batch, _held_out, _coarse, _perturbation)
+    checks = (_algorithm, _learning_rate, _batch, _held_out, _coarse, _perturbation)
     found = [error for key, settings in cells for check in checks for error in check(task, key, settings)]
     horizon = min((settings["schedule"]["steps"] for key, settings in cells if key.startswith("arms.")), default=0)
     for name, grade in task.grade.items():
@@ -69,6 +70,23 @@ def _algorithm(task: Task, key: str, settings: dict) -> list[TaskError]:
         where = error.key if base == error.found else f"{key}.{error.key}"
         return [TaskError(task.file, where, error.found, error.allowed, error.hint)]
     return []
+
+
+def _learning_rate(task: Task, key: str, settings: dict) -> list[TaskError]:
+    """A schedule has the keys of its kind, all of them and no other."""
+    schedule = settings["train"]["optimizer"].get("lr_schedule")
+    if not schedule:
+        return []
+    errors, kind = [], schedule["kind"]
+    for name in (name for names in SCHEDULES.values() for name in names):
+        found, where = schedule.get(name), f"train.optimizer.lr_schedule.{name}"
+        where = where if read_path(task.settings, where, None) == found else f"{key}.{where}"
+        if name in SCHEDULES[kind] and found is None:
+            errors.append(TaskError(task.file, where, "nothing", f"a value (kind {kind} needs it)"))
+        elif name not in SCHEDULES[kind] and found is not None:
+            allowed = "nothing: it has " + (", ".join(SCHEDULES[kind]) or "no further key")
+            errors.append(TaskError(task.file, where, found, f"with kind {kind} {allowed}"))
+    return errors
 
 
 def _batch(task: Task, key: str, settings: dict) -> list[TaskError]:

@@ -9,7 +9,7 @@ from suite import algorithms
 from suite.algorithms import ALGORITHMS, resolve
 from suite.errors import TaskError
 
-PAPER_ROWS = {  # name: (ratio level, weight, correction level, correction, cap, needs pi(theta'))
+ROWS = {  # name: (ratio level, weight, correction level, correction, cap, needs pi(theta'))
     "GRPO": ("token", "none", "none", "none", None, True),
     "GRPO-std": ("token", "none", "none", "none", None, True),
     "GRPO-Token-TIS": ("token", "old/rollout", "token", "truncate", 3.0, True),
@@ -31,14 +31,14 @@ PAPER_ROWS = {  # name: (ratio level, weight, correction level, correction, cap,
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_row_says_what_the_papers_table_says(name):
+def test_every_row_says_what_its_source_says(name):
     row = ALGORITHMS[name]
     found = (row.ratio_level, row.weight, row.correction_level, row.correction, row.cap, row.needs_old_trainer_logprobs)
-    assert found == PAPER_ROWS[name]
+    assert found == ROWS[name]
 
 
-def test_no_row_of_the_paper_is_missing():
-    assert set(ALGORITHMS) == set(PAPER_ROWS)
+def test_no_row_is_missing():
+    assert set(ALGORITHMS) == set(ROWS)
 
 
 @pytest.mark.parametrize("row", ALGORITHMS.values(), ids=ALGORITHMS)
@@ -53,6 +53,12 @@ def test_every_row_uses_only_words_of_the_closed_lists_and_cites_its_equation(ro
     assert (row.weight == "none") == (row.correction_level == "none"), "a weight is taken per token or per sequence"
     assert (row.clip_low is None) == (row.clip_high is None) == (row.ratio_level == "none"), "a clip bounds a ratio"
     assert (row.cap is None) == (row.correction == "none"), "a cap without a correction would be ignored"
+    assert row.floor is None or row.floor <= row.cap
+    assert row.divergence in algorithms.DIVERGENCES
+    assert (row.divergence == "none") == (row.divergence_low is None) == (row.divergence_high is None)
+    assert row.anchor is None or row.anchor in algorithms.ANCHORS
+    uses_old = row.ratio_level != "none" or "old" in row.weight.split("/")
+    assert (row.anchor is not None) == uses_old, "an anchor stands for pi(theta')"
 
 
 def test_defaults_are_the_papers_numbers():
@@ -95,6 +101,15 @@ def test_settings_hold_every_choice_that_can_be_overridden():
         ("PG-Seq-IS", {"clip_low": 0.2}, "algorithm.clip_low", "PG-Seq-IS has no clip_low"),
         ("GSPO", {"dual_clip": 10.0}, "algorithm.dual_clip", "GSPO has no dual_clip"),
         ("DAPO", {"aggregation_length": 8192}, "algorithm.aggregation_length", "DAPO has no aggregation_length"),
+        ("GRPO", {"anchor": "sampler"}, "algorithm.anchor", "one of trainer, rollout"),
+        ("PG-Seq-IS", {"anchor": "rollout"}, "algorithm.anchor", "PG-Seq-IS has no anchor"),
+        ("GRPO-Token-TIS", {"anchor": "rollout"}, "algorithm.anchor", "rho would be 1 for every token"),
+        ("GRPO", {"floor": 0.5}, "algorithm.floor", "GRPO has no floor"),
+        ("IcePop", {"floor": 6.0}, "algorithm.floor", "at most the cap (floor 6.0, cap 5.0)"),
+        ("IcePop", {"cap": 0.4}, "algorithm.cap", "at most the cap (floor 0.5, cap 0.4)"),
+        ("GRPO", {"divergence_low": 0.5}, "algorithm.divergence_low", "GRPO has no divergence_low"),
+        ("DPPO-TV", {"divergence_high": 0}, "algorithm.divergence_high", "above 0"),
+        ("DPPO-TV", {"clip_low": 0.2}, "algorithm.clip_low", "DPPO-TV has no clip_low"),
         ("REINFORCE", {"log_ratio_limit": 10.0}, "algorithm.log_ratio_limit", "REINFORCE has no log_ratio_limit"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 from fakes import OFFLINE, RL, block, claim, event_grade, task_of
 
+from suite.strict_yaml import TaskErrors
 from suite.validate import check
 
 GRADE = block("reward_mean", "arm: fp16", "[0.95, 1.0]", "reducer: epoch_mean, window: 4")
@@ -178,3 +179,40 @@ def _errors(tmp_path, text):
 def test_a_perturbation_that_cannot_act_is_refused(tmp_path, algorithm, said):
     found = [str(error) for error in _errors(tmp_path, RL.replace("name: GRPO", f"name: {algorithm}"))]
     assert found == [] if said is None else any(said in error for error in found), found
+
+
+SCHEDULE = "warmup_steps: 0, lr_schedule: {{{{{}}}}}"
+
+
+@pytest.mark.parametrize("keys", ["kind: constant", "kind: linear, steps: 10, final: 0.0", "kind: step, every: 4, factor: 0.5"])
+def test_every_schedule_of_the_learning_rate_can_be_said(tmp_path, keys):
+    assert errors_of(tmp_path, "threshold", GRADE, "warmup_steps: 0", SCHEDULE.format(keys)) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("kind: step, every: 4", "lr_schedule.factor: found 'nothing', allowed: a value (kind step needs it)"),
+        ("kind: linear, final: 0.1", "lr_schedule.steps: found 'nothing', allowed: a value (kind linear needs it)"),
+        ("kind: linear, final: 0.1, steps: 9, every: 4", "lr_schedule.every: found 4, allowed: with kind linear nothing: it has steps, final"),
+        ("kind: constant, factor: 0.5", "lr_schedule.factor: found 0.5, allowed: with kind constant nothing: it has no further key"),
+    ],
+)  # fmt: skip
+def test_a_schedule_has_the_keys_of_its_kind(tmp_path, keys, said):
+    (error,) = errors_of(tmp_path, "threshold", GRADE, "warmup_steps: 0", SCHEDULE.format(keys))
+    assert said in error and "train.optimizer" in error and "tiny.yaml" in error
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("kind: cosine", "lr_schedule.kind: found 'cosine', allowed: constant, linear or step"),
+        ("kind: step, every: 0, factor: 0.5", "lr_schedule.every: found 0"),
+        ("kind: step, every: 4, factor: 1.0", "lr_schedule.factor: found 1.0"),
+        ("kind: step, evry: 4, factor: 0.5", "did you mean every?"),
+    ],
+)
+def test_a_schedule_out_of_range_is_refused_where_it_is_read(tmp_path, keys, said):
+    with pytest.raises(TaskErrors) as caught:
+        errors_of(tmp_path, "threshold", GRADE, "warmup_steps: 0", SCHEDULE.format(keys))
+    assert said in str(caught.value)

@@ -249,7 +249,8 @@ MAXIMA = ("importance_weight_max", "activation_max_abs", "grad_scaled_max_abs")
 
 def _training(updates: list[dict[str, float]]) -> dict[str, float]:
     """The gradient steps of one iteration as one set of metrics; a skipped step has no gradient norm."""
-    row = {"loss_scale": updates[-1]["loss_scale"], "step_skipped": sum(update["step_skipped"] for update in updates)}
+    row = {name: updates[-1][name] for name in ("learning_rate", "loss_scale")}
+    row |= {"step_skipped": sum(update["step_skipped"] for update in updates)}
     for names, reduce in ((MEANS, np.mean), (MAXIMA, np.max)):
         for name in names:
             values = [update[name] for update in updates if name in update]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
+from suite.learning_rate import learning_rate
 from suite.precision import dtype_name
 from suite.trainers.loss_scale import LossScaler
 
@@ -34,7 +35,7 @@ class MasterWeights:
             weight_decay=optimizer["weight_decay"], fused=True,
         )  # fmt: skip
         self.gradient_dtypes: set[str] = set()  # of the gradients that the last step summed and clipped
-        self._lr, self._warmup_steps = optimizer["lr"], optimizer.get("warmup_steps") or 0
+        self._settings = optimizer
 
     def collect(self) -> None:
         """Add the compute gradients of one micro-batch to the masters' fp32 gradients, and drop them."""
@@ -56,8 +57,8 @@ class MasterWeights:
     def step(self, scaler: LossScaler, grad_clip: float | None) -> dict[str, float]:
         """Unscale, check, clip, update, round. A step with a gradient that is not finite is skipped and counted.
 
-        Returns grad_norm (before clipping; nan for a skipped step), loss_scale (that the gradients were made with),
-        step_skipped (0 or 1) and the headroom of the scaled gradients.
+        Returns grad_norm (before clipping; nan for a skipped step), learning_rate (of this update, taken or skipped),
+        loss_scale (that the gradients were made with), step_skipped (0 or 1) and the headroom of the scaled gradients.
         """
         masters = list(self.masters.values())
         loss_scale = scaler.scale_value
@@ -67,19 +68,17 @@ class MasterWeights:
         if not skipped:
             norm = torch.nn.utils.clip_grad_norm_(masters, grad_clip or math.inf).item()
             skipped = not math.isfinite(norm)  # finite elements whose norm overflows: clipping would make them zero
+        rate = learning_rate(self._settings, scaler.num_steps - scaler.num_skipped)
         if not skipped:
-            self._warm_up(scaler.num_steps - scaler.num_skipped)
+            self.optimizer.param_groups[0]["lr"] = rate
             self.optimizer.step()
             self.round()
         for master in masters:
             master.grad = None
         largest = scaler.max_abs_scaled_grad
         scaler.update(skipped)
-        return {"grad_norm": norm, "loss_scale": loss_scale, "step_skipped": int(skipped), "grad_scaled_max_abs": largest}
-
-    def _warm_up(self, steps_done: int) -> None:
-        share = min(1.0, (steps_done + 1) / self._warmup_steps) if self._warmup_steps else 1.0
-        self.optimizer.param_groups[0]["lr"] = self._lr * share
+        return {"grad_norm": norm, "learning_rate": rate, "loss_scale": loss_scale, "step_skipped": int(skipped),
+                "grad_scaled_max_abs": largest}  # fmt: skip
 
     @torch.no_grad()
     def round(self) -> None:
