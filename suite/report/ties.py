@@ -72,7 +72,7 @@ def _asked(run: Run, cells: dict[str, Cell]) -> Iterator[str]:
     asked, wanted = record["precision_asked"], settings.get("precision") or {}
     if {k: v for k, v in asked.items() if v is not None} != {k: v for k, v in wanted.items() if v is not None}:
         yield f"precision_asked: found {json.dumps(asked, sort_keys=True)}, its settings say {json.dumps(wanted, sort_keys=True)}"
-    for name in ("sha256", "revision"):
+    for name in ("sha256", "files_sha256", "revision"):
         found, pinned = (record.get("weights") or {}).get(name), read_path(settings, f"model.{name}", None)
         if found is not None and pinned not in (None, "unknown") and found != pinned:
             yield f"weights.{name}: found {str(found)[:64]}, the task pins {pinned}"
