@@ -58,8 +58,8 @@ def test_every_package_folder_is_listed():
     assert folders == set(PYPROJECT["tool"]["setuptools"]["packages"])
 
 
-def test_the_package_is_python_alone():
-    others = [path for path in (REPO / "suite").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+def test_the_package_is_python_and_what_people_read_about_it():
+    others = [path for path in (REPO / "suite").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")]
     assert not others, "package data has to be declared in pyproject.toml"
 
 

@@ -36,6 +36,7 @@ from suite.report.views import contradictions
 RELATIVE_TOLERANCE = 1e-9
 GRADED_BY = ("suite", "version")  # which version of the suite graded: may differ, the numbers may not
 GENERATED = ("RESULTS.md", "results.tex", "results.csv", "index.html")  # `report --check` compares these
+WRITTEN = ("README.md",)  # by hand
 _SHOWN = 8
 
 
@@ -106,7 +107,7 @@ def _strays(results_dir: Path, everything: Mapping[str, str]) -> list[str]:
     found = []
     for name, kind in everything.items():
         parts = name.split("/")
-        if is_leaving(name) or len(parts) > 2 and parts[0] != "bench" or (name in GENERATED and kind == "a file"):
+        if is_leaving(name) or len(parts) > 2 and parts[0] != "bench" or (name in GENERATED + WRITTEN and kind == "a file"):
             continue
         if parts[0] != "bench" or len(parts) != 2 or kind != "a file" or not name.endswith((".json", ".md")):
             found.append(f"{results_dir / printable(name)}: {kind} that is not published by `suite publish`")
