@@ -66,6 +66,8 @@ _ROWS = (
              ("NeMo-RL is_oob_ratio", "verl rollout_is_oob_ratio", "SkyRL mask ratio (each with its own band)")),
     Estimand("k3_top_token_share", "max(k3 of one token) / sum(k3)", SHARE, UNIT, "logit"),
     Estimand("k3_top_0p1pct_share", "sum of the largest 0.1 % of token k3 / sum(k3)", SHARE, UNIT, "logit"),
+    Estimand("routing_disagreement", "share of (response token, layer) pairs for which sampler and trainer choose other sets of experts",
+             SHARE, UNIT, "logit"),
     # sequence level
     Estimand("seq_kl_k1_nats", "mean over sequences of sum_t -r_t", NATS_SEQ, ANY, "identity",
              ("paper figure 5 KL[mu|pi]",)),

@@ -11,6 +11,7 @@ pytest.importorskip("megatron.core")
 
 from safetensors.torch import save_file  # noqa: E402
 from suite.rollouts import load_sampler  # noqa: E402
+from suite.routing import routing_disagreement  # noqa: E402
 from suite.sync import sync_weights  # noqa: E402
 from small_models import EOS, ROLLOUT, as_sequences, some_requests, write_model  # noqa: E402
 from test_dense_trainer import FP32, plain_logprobs  # noqa: E402
@@ -41,11 +42,13 @@ def test_three_engines_agree_in_fp32_before_training_and_after_three_steps_and_s
         ours = trainer(folder, FP32)
         rows = as_sequences(sampler.sample(some_requests(8)))
         assert_pairwise(rows, sampler, ours, folder)
+        assert routing_disagreement(rows, sampler, ours) == {"routing_disagreement": 0.0}, "in fp32 no choice differs"
         before = np.concatenate(ours.score(rows))
         for seed in range(3):
             steps(ours, rows, [seed])
             sync_weights(ours, sampler, "fp32")
         assert np.abs(np.concatenate(ours.score(rows)) - before).mean() > 1e-2, "training moved the policy"
+        assert routing_disagreement(rows, sampler, ours)["routing_disagreement"] == 0
         assert_pairwise(rows, sampler, ours, written(tmp_path / "trained", ours, folder))
     finally:
         sampler.close()

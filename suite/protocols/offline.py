@@ -26,6 +26,7 @@ from suite.protocols import Session
 from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
 from suite.record import Run, read_evidence
 from suite.resolved import full_vocabulary_kl
+from suite.routing import routing_disagreement
 from suite.writer import RunWriter
 
 DEFAULT_PROMPTS_PER_BATCH = 32
@@ -113,6 +114,8 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
         row = _metrics(index, evidence, has_trainer=trainer is not None)
         if trainer and index == 0:
             row |= _full_vocabulary(engines.scorable(rollouts[:NUM_FULL_SEQUENCES]), engines, trainer)
+        if trainer:
+            row |= routing_disagreement(engines.scorable(rollouts), engines.sampler, trainer)
         writer.append(row | seconds, evidence)
         writer.note_executed(engines.sampler.executed() | (trainer.executed() if trainer else {}))
         writer.note_weights(engines.weights)
@@ -141,6 +144,15 @@ def _metrics(index: int, evidence, has_trainer: bool) -> dict:
     return counts | values | {"entropy_nats": float(-logprobs.mean()) if logprobs.size else None}
 
 
+def _routing(metrics: list[dict]) -> dict[str, float]:
+    """The batches' share of other choices, weighted by their response tokens; nothing of a model without experts."""
+    told = [(row["routing_disagreement"], row["num_response_tokens"]) for row in metrics if row.get("routing_disagreement") is not None]
+    if not told:
+        return {}
+    shares, weights = zip(*told)
+    return {"routing_disagreement": float(np.average(shares, weights=weights))}
+
+
 def _finish(writer: RunWriter, scored: bool) -> None:
     """The run's summary, from the evidence on disk: what is graded is what was written."""
     evidence = read_evidence(writer.folder)
@@ -151,6 +163,7 @@ def _finish(writer: RunWriter, scored: bool) -> None:
     else:
         rollout, trainer = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
         series |= token_statistics(rollout, trainer, num_response_tokens(evidence))
+        series |= _routing(writer.metrics)
         series["full_vocab_kl_nats_per_token"] = writer.metrics[0].get("full_vocab_kl_nats_per_token")
     counts = {
         "num_prompts": len(sums["prompt_id"]),

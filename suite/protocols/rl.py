@@ -43,6 +43,7 @@ from suite.protocols import Session
 from suite.protocols.engines import Engines, run_one_by_one
 from suite.ranks import Ranks, ReplicaError
 from suite.record import read_evidence
+from suite.routing import routing_disagreement
 from suite.sync import Probe, prove_sync, rounder, sync_weights
 from suite.watch import by_advantage
 from suite.writer import RunWriter
@@ -109,7 +110,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
             diverged = True
             break
         evidence = evidence_table(rollouts, trainer_logprobs, step, rewards)
-        row = _mismatch(step, rollouts, evidence)
+        row = _mismatch(step, rollouts, evidence) | routing_disagreement(engines.scorable(rollouts), sampler, trainer)
         clock.lap("t_rest_s")
 
         taught = _shuffled(rewards, cell.seed, step) if shuffle_rewards else rewards

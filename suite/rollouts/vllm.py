@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from suite.batch import Request, Rollout, empty_rollout, response_room
 from suite.precision import FORMATS, NATIVE, dtype_name
 from suite.rollouts import weights_format
+from suite.routing import of_response
 
 IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -100,6 +102,37 @@ class VllmSampler:
             np.stack([_dense_row(output.prompt_logprobs, t, size) for t in range(num_prompt, len(tokens))])
             for output, (tokens, num_prompt) in zip(outputs, sequences, strict=True)
         ]
+
+    def expert_choices(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray] | None:
+        """Read from the outputs of the gates while the sequences are pre-filled; on a GPU, where graphs run no hooks, and
+        of a model without gates: None."""
+        gates = [module for name, module in self._runner.model.named_modules() if name.endswith("mlp.gate")]
+        if not gates or torch.cuda.is_available():
+            return None
+        k = self._llm.llm_engine.model_config.hf_config.num_experts_per_tok
+        seen: list[list[np.ndarray]] = [[] for _ in gates]
+        token_ids: list[np.ndarray] = []
+
+        def note_tokens(module, args, kwargs):
+            token_ids.append((kwargs["input_ids"] if "input_ids" in kwargs else args[0]).cpu().numpy().copy())
+
+        def note(module, args, output, layer):
+            logits = output[0] if isinstance(output, tuple) else output
+            seen[layer].append(logits.float().topk(k, dim=-1).indices.sort(dim=-1).values.cpu().numpy())
+
+        hooks = [gate.register_forward_hook(partial(note, layer=layer)) for layer, gate in enumerate(gates)]
+        hooks.append(self._runner.model.register_forward_pre_hook(note_tokens, with_kwargs=True))
+        try:
+            self.score(sequences)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        fed = np.concatenate(token_ids)
+        if fed.tolist() != [token for tokens, _ in sequences for token in tokens]:
+            raise RuntimeError("vLLM did not pre-fill the sequences one after the other: whose experts these are is not known")
+        choices = np.stack([np.concatenate(layer) for layer in seen], axis=1)  # (all tokens, layers, k)
+        parts = np.split(choices, np.cumsum([len(tokens) for tokens, _ in sequences])[:-1])
+        return [of_response(part, num_prompt, len(tokens)) for part, (tokens, num_prompt) in zip(parts, sequences, strict=True)]
 
     def load_weights(self, named_tensors, repair: bool = True) -> None:
         """Replace the engine's weights by (checkpoint name, tensor) pairs; repair=False only to show what a reload

@@ -93,6 +93,9 @@ class DenseTrainer:
     def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         return self._scorer.distributions(sequences)
 
+    def expert_choices(self, sequences: list[tuple[list[int], int]]) -> None:
+        """A mixture of experts in this trainer does not tell what it chose; the moe trainer does."""
+
     def _states(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self._model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
 

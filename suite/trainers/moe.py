@@ -17,15 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from suite.algorithms import Algorithm
 from suite.arithmetic import arithmetic_for
-from suite.batch import MiniBatch
+from suite.batch import MiniBatch, pad_sequences
 from suite.errors import UserError
 from suite.precision import Precision, dtype_name, torch_dtype
 from suite.ranks import Ranks
+from suite.routing import of_response
 from suite.trainers.health import ActivationWatch, underflow_share
 from suite.trainers.loss_scale import LossScaler
 from suite.trainers.masters import MasterWeights
 from suite.trainers.megatron_names import parted, read_shape, read_weights, table
-from suite.trainers.scoring import Scorer, recomputing
+from suite.trainers.scoring import Scorer, by_length, recomputing
 from suite.trainers.steps import DEFAULT_MICRO_BATCH_SIZE, Stepper
 
 if not torch.cuda.is_available():
@@ -108,6 +109,35 @@ class MoeTrainer:
 
     def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         return self._scorer.distributions(sequences)
+
+    @torch.inference_mode()
+    def expert_choices(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
+        """Experts at the positions that predict each response, in forwards of the shape of `score`."""
+        order, found = by_length(sequences), [None] * len(sequences)
+        num_rows = self._scorer.num_rows
+        with self._scorer.products():
+            for start in range(0, len(order), num_rows):
+                part = order[start : start + num_rows]
+                choices = self._choices([sequences[i] for i in part], num_rows)
+                for index, one in zip(part, choices, strict=False):
+                    tokens, num_prompt = sequences[index]
+                    found[index] = of_response(one, num_prompt, len(tokens))
+        return found
+
+    def _choices(self, sequences: list[tuple[list[int], int]], num_rows: int) -> np.ndarray:
+        """(B, T, layers, k) of one forward, padding included."""
+        token_ids = torch.from_numpy(pad_sequences(sequences, num_rows).token_ids).to(self._device)
+        maps: list[torch.Tensor] = []  # (T x B, experts) bool, layer after layer
+        routers = [layer.mlp.router for layer in self._model.decoder.layers]
+        hooks = [router.register_forward_hook(lambda _, args, output: maps.append(output[1])) for router in routers]
+        try:
+            self._states(token_ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        num, length = token_ids.shape
+        chosen = torch.stack(maps).reshape(len(maps), length, num, -1).permute(2, 1, 0, 3)  # (B, T, layers, experts)
+        return chosen.nonzero()[:, -1].reshape(num, length, len(maps), -1).cpu().numpy()  # each row's, in ascending order
 
     def update(self, batch: MiniBatch, algorithm: Algorithm) -> dict[str, float]:
         return self._stepper.update(batch, algorithm)
