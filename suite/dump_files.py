@@ -106,7 +106,8 @@ def _is_used(column: str) -> bool:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with door.open_parquet(path, max_rows=MAX_ROWS, max_bytes=MAX_BYTES, max_file_bytes=MAX_BYTES) as file:
-        names, number = _columns(file.schema_arrow), 0
+        with door.whatever_fails(path, "a readable parquet file"):
+            names, number = _columns(file.schema_arrow), 0
         for group in range(file.num_row_groups):
             size = _batch_size(path, file, group, names)
             for batch in _batches(path, file, group, size, names):
@@ -122,8 +123,9 @@ def _columns(schema: pa.Schema) -> list[str]:
 def _batch_size(path: Path, file: pq.ParquetFile, group: int, names: list[str]) -> int:
     """How many rows of a group to decode at once, from its metadata. FileError for a group, or a row, beyond the budget."""
     about, place = file.metadata.row_group(group), f"row group {group}"
-    chunks = [about.column(i) for i in range(about.num_columns)]
-    chunks = {chunk.path_in_schema: chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in names}
+    with door.whatever_fails(path, "a readable parquet file"):
+        chunks = {chunk.path_in_schema: chunk for chunk in map(about.column, range(about.num_columns))}
+    chunks = {name: chunk for name, chunk in chunks.items() if name.split(".")[0] in names}
     for name, chunk in chunks.items():
         if chunk.num_values > min(MAX_GROUP_VALUES, about.num_rows * MAX_ROLLOUT_VALUES):
             found = f"{chunk.num_values} values in {about.num_rows} rows"

@@ -117,7 +117,7 @@ class LaunchSigns:
     num_ends: int = 0
     zero_ends: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
     zeros: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
-    zero_at: dict[str, str] = field(default_factory=dict)
+    zero_at: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def fold(self, rollouts: list[Rollout], mu: np.ndarray, pi: np.ndarray) -> None:
         ends = np.cumsum([rollout.rollout_logprobs.size for rollout in rollouts])
@@ -132,13 +132,15 @@ class LaunchSigns:
         self.num_different += int((mu != pi).sum())
         for name, mine, other in (("rollout_logprobs", mu, pi), ("trainer_logprobs", pi, mu)):
             self.columns[name].fold(mine, place)
-            odd = np.flatnonzero((mine == 0) & (other < SURE_ZERO))
-            ends_odd = last[(mine[last] == 0) & (other[last] < SURE_END)]
-            self.zeros[name] += odd.size
-            self.zero_ends[name] += ends_odd.size
-            odd = np.concatenate([odd, ends_odd])
-            if odd.size:
-                self.zero_at.setdefault(name, f"{place(int(odd[0]))} (the other column has {other[odd[0]]:.4g})")
+            self._note_zeros(name, np.flatnonzero((mine == 0) & (other < SURE_ZERO)), self.zeros, other, place)
+            self._note_zeros(name, last[(mine[last] == 0) & (other[last] < SURE_END)], self.zero_ends, other, place)
+
+    def _note_zeros(self, name: str, odd: np.ndarray, counts: dict[str, int], other: np.ndarray, place) -> None:
+        """Count log-probs of exactly 0.0 that the other column belies, and remember where the first one stands."""
+        counts[name] += odd.size
+        if odd.size:
+            kind = "end" if counts is self.zero_ends else "any"
+            self.zero_at.setdefault((name, kind), f"{place(int(odd[0]))} (the other column has {other[odd[0]]:.4g})")
 
     def flaws(self, cell: tuple, sum_k2: float) -> Iterator[Flaw]:
         """sum_k2: half the sum of squared log-ratios over the tokens of the launch."""
@@ -155,18 +157,21 @@ class LaunchSigns:
             if grid:
                 yield Flaw(arm, point, "INCONCLUSIVE", f"{where}: every value of {name} is {grid}: the mismatch is that of "
                            "storage", f"write {name} in fp32, from a log-softmax in fp32")  # fmt: skip
-            elif times := self._made_up(name):
-                yield Flaw(arm, point, "INVALID", f"{where}: {name} is exactly 0.0 at {self.zero_at[name]}, {times} "
-                           "times in all: a placeholder, for a token that was not sampled",
+            elif found := self._made_up(name):
+                yield Flaw(arm, point, "INVALID", f"{where}: {name} is exactly 0.0 at {found[1]}, {found[0]} times in all: a "
+                           "placeholder, for a token that was not sampled",
                            "leave out what was not sampled (prompt, appended end, tool output), or mask it out")  # fmt: skip
             if not grid and column.lowest <= FLOOR and column.num_lowest >= FLOOR_TIMES:
                 yield Flaw(arm, point, "INVALID", f"{where}: {name} is {column.lowest:.6g} {column.num_lowest} times, first at "
                            f"{column.lowest_at}: a floor, or a placeholder", "take log-probs that are not clamped")  # fmt: skip
 
-    def _made_up(self, name: str) -> int:
-        """How many log-probs of exactly 0.0 cannot have been computed."""
-        appended = self.zero_ends[name] >= max(FEW_ENDS, MOST_ENDS * self.num_ends)
-        return max(self.zeros[name], self.zero_ends[name] if appended else 0)
+    def _made_up(self, name: str) -> tuple[int, str] | None:
+        """How many log-probs of exactly 0.0 cannot have been computed, and where the first one stands."""
+        if self.zeros[name]:
+            return self.zeros[name], self.zero_at[name, "any"]
+        if self.zero_ends[name] >= max(FEW_ENDS, MOST_ENDS * self.num_ends):
+            return self.zero_ends[name], self.zero_at[name, "end"]
+        return None
 
 
 # ---- launches beside each other ----------------------------------------------------------------------------------------

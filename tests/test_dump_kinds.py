@@ -403,6 +403,23 @@ def test_row_groups_and_rows_are_judged_before_their_columns_are_read(tmp_path, 
             runs_of(make_task(), write(tmp_path / name, make_rows()))
 
 
+@pytest.mark.parametrize("name", ["dump.parquet", "dump.jsonl"])
+def test_a_flipped_byte_is_read_or_refused_and_never_a_traceback(tmp_path, name):
+    whole, kinds = write(tmp_path / name, make_rows(num_prompts=1)).read_bytes(), set()
+    # At the end of a parquet file stand its metadata: every 25th byte of them, and a few of the columns.
+    places = [*range(0, len(whole) - 2000, len(whole) // 15), *range(max(0, len(whole) - 2000), len(whole), 25)]
+    for at in places:
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x81
+        (tmp_path / name).write_bytes(flipped)
+        try:
+            dump.read_dump(make_task(), tmp_path / name)
+            kinds.add("read")
+        except UserError:
+            kinds.add("refused")
+    assert "refused" in kinds
+
+
 # VmHWM, since ru_maxrss begins with what the parent had.
 LIMITED = """
 import re, sys
