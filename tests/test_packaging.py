@@ -77,10 +77,11 @@ def test_citation_is_valid_and_puts_the_paper_under_references():
 
 
 def make(*arguments, folder=REPO, **environment):
-    """Run make as a user would, also where the tests themselves were started by make."""
-    outer = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    """Run make as a user would whose pip is not configured, also where the tests themselves were started by make."""
+    ours = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "TORCH_INDEX", "LOCK", "PYTHON")
+    outer = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("PIP_")}
     return subprocess.run(["make", "--no-print-directory", *arguments], cwd=folder, capture_output=True, text=True,
-                          env=outer | environment)
+                          env=outer | {"PIP_CONFIG_FILE": os.devnull} | environment)
 
 
 def test_make_passes_its_variables_on():
@@ -91,20 +92,95 @@ def test_make_passes_its_variables_on():
     assert "--fresh" not in make("-n", "reproduce", "FRESH=0").stdout
 
 
+BACKEND = """\
+import sys
+sys.path.insert(0, "fakes")
+from fake_wheel import fake_wheel
+def build_editable(folder, *_):
+    return fake_wheel(folder, "checkout", "1.0").name
+"""
+FAKE_WHEEL = '''\
+import zipfile
+from pathlib import Path
+def fake_wheel(folder, name, version):
+    """An installable distribution that holds one module, which says where it came from."""
+    path, info = Path(folder) / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{name}.py", f"SOURCE = {Path(folder).parent.name!r}")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nGenerator: t\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+'''
+PUBLIC = re.search(r"^pytorch_cpu_index=(https://.*)$", (REPO / "requirements" / "setup.sh").read_text(), re.MULTILINE)[1]
+
+
 @pytest.fixture
 def checkout(tmp_path):
-    """The files that set-up reads, alone in a folder, with a lock that no index can satisfy."""
+    """What set-up reads, alone in a folder, beside three package indexes that are folders: `plain` has no CPU build of
+    torch, `public` stands for PyTorch's own and `other` for one that somebody names; these two have a `helper` as well."""
     shutil.copytree(REPO / "requirements", tmp_path / "requirements")
-    for name in ("Makefile", "pyproject.toml"):
-        shutil.copy(REPO / name, tmp_path)
-    (tmp_path / "requirements" / "cpu.lock").write_text("torch==0.0.0+cpu\n")
+    shutil.copy(REPO / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n")
+    (tmp_path / "backend.py").write_text(BACKEND)
+    (tmp_path / "fakes").mkdir()
+    (tmp_path / "fakes" / "fake_wheel.py").write_text(FAKE_WHEEL)
+    space: dict = {}
+    exec(FAKE_WHEEL, space)
+    for index, torch in (("plain", "0.1"), ("public", "0.1+cpu"), ("other", "0.1+cpu")):
+        for name, version in (("torch", torch), ("helper", "1.0")):
+            folder = tmp_path / index / name
+            folder.mkdir(parents=True)
+            wheel = space["fake_wheel"](folder, name, version).name
+            (folder / "index.html").write_text(f"<a href='{wheel.replace('+', '%2B')}'>{wheel}</a>")
+            (folder / "source").write_text(index)
+    script = tmp_path / "requirements" / "setup.sh"
+    script.write_text(script.read_text().replace(PUBLIC, f"file://{tmp_path}/public"))
+    (tmp_path / "requirements" / "cpu.lock").write_text("helper==1.0\ntorch==0.1+cpu\n")
     return tmp_path
 
 
+def set_up(checkout, **environment):
+    """What `make setup` says, and the index that each package came from."""
+    done = make("setup", folder=checkout, LOCK="cpu", PYTHON=sys.executable, **{"PIP_INDEX_URL": f"file://{checkout}/plain"} | environment)
+    log = checkout / ".venv" / "setup.log"
+    found = re.findall(r"(?:Processing|Downloading|Looking in) \S*/(plain|public|other)/(torch|helper)/", log.read_text() if log.exists() else "")
+    return done, {name: index for index, name in found}
+
+
+def test_set_up_goes_on_with_pytorchs_own_index_where_pips_has_no_cpu_build(checkout):
+    done, sources = set_up(checkout)
+    assert done.returncode == 0, done.stderr
+    assert sources == {"torch": "public", "helper": "plain"}
+    said = [line for line in done.stderr.splitlines() if "PyTorch's own" in line]
+    assert len(said) == 1 and f"file://{checkout}/public" in said[0]
+    assert list(checkout.glob(".venv/.setup-*"))
+    again = make("setup", folder=checkout, LOCK="cpu")
+    assert (again.returncode, again.stderr) == (0, ""), "a finished set-up is not repeated"
+
+
+def test_torch_index_supplies_torch_and_nothing_else(checkout):
+    """Also where somebody's pip would install somewhere else: what set-up needs goes into .venv."""
+    elsewhere = {"PIP_TARGET": str(checkout / "elsewhere"), "PIP_USER": "1"}
+    done, sources = set_up(checkout, TORCH_INDEX=f"file://{checkout}/other", **elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert sources == {"torch": "other", "helper": "plain"} and "PyTorch's own" not in done.stderr
+    assert not (checkout / "elsewhere").exists() and list(checkout.glob(".venv/lib/*/site-packages/torch.py"))
+
+
 def test_a_failed_set_up_leaves_no_stamp_and_names_torch_index(checkout):
-    done = make("setup", folder=checkout, LOCK="cpu", PYTHON=sys.executable, PIP_NO_INDEX="1")
-    assert done.returncode != 0 and "TORCH_INDEX" in done.stderr
+    shutil.rmtree(checkout / "public" / "torch")
+    done, sources = set_up(checkout)
+    assert done.returncode != 0 and "TORCH_INDEX=<address>" in done.stderr and sources == {}
     assert not list(checkout.glob(".venv/.setup-*"))
+
+
+def test_a_constraint_that_contradicts_the_lock_is_told_as_such(checkout):
+    (checkout / "mine.txt").write_text("helper==2.0\n")
+    done, _ = set_up(checkout, TORCH_INDEX=f"file://{checkout}/other", PIP_CONSTRAINT=str(checkout / "mine.txt"))
+    assert done.returncode != 0 and not list(checkout.glob(".venv/.setup-*"))
+    assert "contradicts requirements/cpu.lock" in done.stderr and "(constraint) helper==2.0" in done.stderr
+    assert f"PIP_CONSTRAINT={checkout}/mine.txt" in done.stderr and "has no CPU build" not in done.stderr
 
 
 def test_set_up_refuses_an_old_python_and_an_unknown_lock(checkout):
