@@ -60,7 +60,9 @@ class Algorithm:
     ratio_level: str = "token"
     clip_low: float | None = 0.2  # [VERL] [OAT]; None where there is no PPO ratio to clip
     clip_high: float | None = 0.28  # [VERL]; the OAT scripts leave it at 0.2
-    dual_clip: float | None = None  # for A < 0 the term is at least dual_clip * A; inf switches it off
+    # For A < 0 the term is at least dual_clip * A; inf switches it off. Stock verl has 3 in its PPO loss; the authors'
+    # fork has it commented out, so GRPO has none.
+    dual_clip: float | None = None
     weight: str = "none"
     correction: str = "none"
     correction_level: str = "none"
@@ -70,7 +72,8 @@ class Algorithm:
     divergence: str = "none"
     divergence_low: float | None = None
     divergence_high: float | None = None
-    log_ratio_limit: float = 20.0  # [VERL] nats; every log-ratio is held below it before exp, so nothing overflows
+    # [VERL] nats; every log-ratio is held below it before exp, so nothing overflows. Stock verl has 10 for GSPO; OAT none.
+    log_ratio_limit: float = 20.0
     aggregation: str = "sum_over_length"
     aggregation_length: int | None = None  # tokens; None = the response budget of the rollout
 
@@ -185,7 +188,8 @@ _ROWS = (
         name="DAPO",
         formula="sum over the mini-batch of P_t / number of its tokens; for A < 0: max(P_t, dual_clip A)",
         source="[DAPO] eq. 8, clip-higher 0.2/0.28; dual clip 10 from the paper's dense-14B table; "
-        "dynamic sampling belongs to the loop",
+        "dynamic sampling belongs to the loop. The authors' fork ignores the dual clip and takes the token mean per "
+        "micro-batch; here it is over the mini-batch, as in the equation",
         advantage="group_mean_std",
         dual_clip=10.0,
         aggregation="token_mean",

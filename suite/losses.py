@@ -20,7 +20,9 @@ from torch import Tensor
 
 from suite.algorithms import ADVANTAGES, Algorithm
 
-STD_EPSILON = 1e-8  # OAT and Dr.GRPO's code; keeps a group of near-equal rewards finite
+# OAT and Dr.GRPO's code; keeps a group of near-equal rewards finite. VeRL has 1e-6, which moves advantages by 7e-6. A group of
+# one response has advantage 0 here; VeRL gives it its reward.
+STD_EPSILON = 1e-8
 
 
 def advantages(rewards: Float[Tensor, "N"], group_ids: Int[Tensor, "N"], kind: str) -> Float[Tensor, "N"]:

@@ -80,12 +80,13 @@ class Precision:
     trainer_head: str  # dtype of the trainer's lm_head product
     rollout_logits: str
     kv_cache: str
+    gradient_reduction: str  # dtype in which micro-batches and ranks add up their gradients
 
     @classmethod
     def of(cls, asked: dict) -> Precision:
         rollout, train = asked["rollout"], asked["train"]
         held = FORMATS[rollout].storage if rollout else None
-        follows = {"wire": rollout, "trainer_head": train, "rollout_logits": held, "kv_cache": held}
+        follows = {"wire": rollout, "trainer_head": train, "rollout_logits": held, "kv_cache": held, "gradient_reduction": "fp32"}
         return cls(rollout, train, **{point: asked.get(point) or default for point, default in follows.items()})
 
     @property
@@ -102,15 +103,16 @@ CONTRACT = {
     "compute": "train",
     "trainer_head": "trainer_head",
     "wire": "wire",
+    "gradient_reduction": "gradient_reduction",
 }
-ALWAYS_FP32 = ("master_weights", "gradient_reduction", "optimizer_state")
+ALWAYS_FP32 = ("master_weights", "optimizer_state")
 
 # what a run of a protocol must say; other protocols run no engine
 MUST_SAY = {
     "offline_mismatch": ("rollout_weights", "kv_cache", "rollout_logits", "compute", "trainer_head"),
     "offline_accuracy": ("rollout_weights", "kv_cache", "rollout_logits"),
     "filter": ("rollout_weights", "kv_cache", "rollout_logits"),
-    "rl": (*CONTRACT, "master_weights", "gradient_reduction"),
+    "rl": (*CONTRACT, "master_weights"),
 }
 
 

@@ -144,6 +144,7 @@ class Data(Strict):
     every launch of an RL task has the same problems. kept: these problems of an earlier filter instead of all.
     keep_accuracy: of the filter protocol, the band of initial accuracy that is kept, ends included; reference: the set
     that its own is compared with. zero_truncated: a response cut at the length limit gets reward 0 whatever it holds.
+    max_prompt_tokens: problems whose prompt is longer are left out.
     grader: who compares an answer with the gold answer: the suite (null too), or one of the two that made the paper's
     numbers, of VeRL and of OAT (paper_graders.py).
     """
@@ -164,6 +165,7 @@ class Data(Strict):
     reference: ProblemFile | None = None
     held_out: HeldOut | None = None
     zero_truncated: bool | None = None
+    max_prompt_tokens: Positive | None = None
     reward_timeout_s: Annotated[float, Field(gt=0)] | None = None
     grader: Literal["suite", "mathd_sympy", "oat"] | None = None
 
@@ -270,6 +272,8 @@ class PrecisionSettings(Strict):
     """The format asked for at each point; null follows `rollout` or `train`. What was executed is in the record.
 
     rollout: also a coarse format, m0 to m22; rollout_rounded: where it acts, on the weights alone or on all products.
+    gradient_reduction: in which micro-batches and ranks add up their gradients; null is fp32, otherwise fp32 or the
+    trainer's own dtype.
     """
 
     rollout: RolloutFormat | None = None
@@ -279,6 +283,7 @@ class PrecisionSettings(Strict):
     trainer_head: Dtype | None = None
     rollout_logits: Dtype | None = None
     kv_cache: Dtype | None = None
+    gradient_reduction: Dtype | None = None
     loss_scaling: LossScaling | None = None
 
 
@@ -314,12 +319,14 @@ class Algorithm(Strict):
 
 class Schedule(Strict):
     """Counts per run: `steps` are rollout iterations, `minibatches` the gradient steps in each; every `eval_every` of them
-    the trainer's policy is evaluated on data.held_out.
+    the trainer's policy is evaluated on data.held_out. minibatch_of: what a mini-batch is drawn from: prompts with all
+    their responses (null means this), or responses, so that those of one prompt come into different gradient steps.
     """
 
     steps: Positive | None = None
     prompts_per_step: Positive | None = None
     minibatches: Positive | None = None
+    minibatch_of: Literal["prompts", "responses"] | None = None
     eval_every: Positive | None = None
     checkpoint_every: Positive | None = None
 

@@ -22,7 +22,7 @@ def rl_errors(task: Task) -> list[TaskError]:
     if task.protocol != "rl":
         return []
     cells = _resolved(task)
-    checks = (_algorithm, _learning_rate, _batch, _held_out, _coarse, _perturbation)
+    checks = (_algorithm, _learning_rate, _batch, _reduction, _held_out, _coarse, _perturbation)
     found = [error for key, settings in cells for check in checks for error in check(task, key, settings)]
     horizon = min((settings["schedule"]["steps"] for key, settings in cells if key.startswith("arms.")), default=0)
     for name, grade in task.grade.items():
@@ -91,6 +91,10 @@ def _learning_rate(task: Task, key: str, settings: dict) -> list[TaskError]:
 
 def _batch(task: Task, key: str, settings: dict) -> list[TaskError]:
     schedule = settings["schedule"]
+    if schedule["minibatch_of"] == "responses":
+        num = schedule["prompts_per_step"] * settings["rollout"]["samples_per_prompt"]
+        allowed = f"at most the {num} responses of a step"
+        return [TaskError(task.file, "schedule.minibatches", schedule["minibatches"], allowed)] if schedule["minibatches"] > num else []
     if schedule["minibatches"] > schedule["prompts_per_step"]:
         allowed = f"at most schedule.prompts_per_step, {schedule['prompts_per_step']}: a mini-batch has whole groups"
         return [TaskError(task.file, "schedule.minibatches", schedule["minibatches"], allowed)]
@@ -130,6 +134,14 @@ def _perturbation(task: Task, key: str, settings: dict) -> list[TaskError]:
         allowed = "an algorithm that weighs tokens by old/rollout, such as GRPO-Token-TIS with cap 1.0e+9"
         return [TaskError(task.file, f"{where}.name", f"{row.name} with {algorithm.name}", allowed)]
     return []
+
+
+def _reduction(task: Task, key: str, settings: dict) -> list[TaskError]:
+    """Gradients come in the trainer's dtype; they are summed in it or in fp32."""
+    asked, own = settings["precision"]["gradient_reduction"], settings["precision"]["train"]
+    if asked in (None, "fp32", own):
+        return []
+    return [TaskError(task.file, f"{key}.precision.gradient_reduction", asked, f"fp32 or {own}, the trainer's own dtype")]
 
 
 def _grade(task: Task, key: str, grade: Grade, steps: int) -> list[TaskError]:

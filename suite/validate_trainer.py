@@ -6,26 +6,26 @@ from suite.errors import TaskError
 from suite.task import Task
 
 MOE_FAMILIES = ("qwen3_moe",)  # that the moe trainer holds a table of names for
+OF_TRAINING = ("train.lora", "data.max_prompt_tokens", "schedule.minibatch_of", "precision.gradient_reduction")
 
 
 def trainer_errors(task: Task, cells: list) -> dict[str, TaskError]:
     """One error per key, of the first cell that has it."""
     found: dict[str, TaskError] = {}
     for cell in cells:
-        if not cell.settings.get("train"):
-            continue
-        rules = _of_moe(cell) if cell.get("train.engine", None) == "moe" else _of_dense(cell)
-        for key, value, allowed in [*_of_adapters(task, cell), *rules, *_of_ranks(cell)]:
+        engine = cell.get("train.engine", None) if cell.settings.get("train") else "none"
+        rules = [] if engine == "none" else _of_ranks(cell) + (_of_moe(cell) if engine == "moe" else _of_dense(cell))
+        for key, value, allowed in [*_of_training(task, cell), *rules]:
             found.setdefault(key, TaskError(task.file, key, value, allowed))
     return found
 
 
-def _of_adapters(task: Task, cell) -> list[tuple]:
-    """Fresh adapters are the model they sit on: without training there is nothing to see of them."""
-    lora = cell.get("train.lora", None)
-    if not lora or task.protocol == "rl":
-        return []
-    return [("train.lora", f"rank {lora['rank']}", "nothing, outside protocol rl")]
+def _of_training(task: Task, cell) -> list[tuple]:
+    """What acts on training alone. Fresh adapters are the model they sit on: without training nothing is to be seen of
+    them."""
+    given = {key: cell.get(key, None) for key in OF_TRAINING if task.protocol != "rl"}
+    shown = {key: f"rank {value['rank']}" if key == "train.lora" else value for key, value in given.items() if value is not None}
+    return [(key, value, "nothing, outside protocol rl") for key, value in shown.items()]
 
 
 def _of_moe(cell) -> list[tuple]:

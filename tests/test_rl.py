@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -335,3 +336,20 @@ def test_problems_minibatches_and_noise_are_functions_of_seed_and_step_alone():
     assert rl._prompts_of_step(prompts, 4, 3, seed=1) == rl._prompts_of_step(prompts, 4, 3, seed=1)
     assert rl._prompts_of_step(prompts, 4, 3, seed=1) != rl._prompts_of_step(prompts, 4, 3, seed=2)
     assert sorted(rl._shuffled([1.0, 0.0, 0.5], 0, 7)) == [0.0, 0.5, 1.0]
+
+
+def step_of(num_prompts: int, num_samples: int):
+    """Prompts of a step and their rollouts, as far as mini-batches look at them."""
+    prompts = [SimpleNamespace(prompt_id=f"p{i}") for i in range(num_prompts)]
+    return prompts, [SimpleNamespace(request=SimpleNamespace(prompt_id=one.prompt_id)) for one in prompts for _ in range(num_samples)]
+
+
+@pytest.mark.parametrize("of", [None, "prompts", "responses"])
+def test_every_response_is_in_one_mini_batch_and_a_group_is_parted_only_where_the_task_says_so(of):
+    prompts, rollouts = step_of(8, 4)
+    schedule = {"minibatches": 4, "minibatch_of": of}
+    parts = rl._minibatches(prompts, rollouts, schedule, 0, 3)
+    assert sorted(index for part in parts for index in part) == list(range(32)) and {len(part) for part in parts} == {8}
+    assert parts == rl._minibatches(prompts, rollouts, schedule, 0, 3) != rl._minibatches(prompts, rollouts, schedule, 0, 4)
+    groups_per_part = [len({index // 4 for index in part}) for part in parts]
+    assert (groups_per_part == [2, 2, 2, 2]) == (of != "responses")

@@ -122,6 +122,31 @@ def test_more_mini_batches_than_prompts_are_refused(tmp_path):
     assert len(found) == 1 and "schedule.minibatches: found 9, allowed: at most" in found[0]
 
 
+def test_mini_batches_of_responses_may_be_more_than_prompts_but_not_than_responses(tmp_path):
+    assert errors_of(tmp_path, "threshold", GRADE, "minibatches: 1", "minibatches: 9, minibatch_of: responses") == []
+    found = errors_of(tmp_path, "threshold", GRADE, "minibatches: 1", "minibatches: 1000, minibatch_of: responses")
+    assert len(found) == 1 and "schedule.minibatches: found 1000, allowed: at most the" in found[0]
+
+
+def with_reduction(text: str, **of_arm: str) -> str:
+    for arm, dtype in of_arm.items():
+        text = text.replace(f"train: {arm}}}}}}}}}", f"train: {arm}, gradient_reduction: {dtype}}}}}}}}}")
+    return text.replace("vary: [precision.rollout, precision.train]", "vary: [precision]")
+
+
+@pytest.mark.parametrize(("asked", "wrong"), [("fp32", []), ("fp16", []), ("bf16", ["arms.fp16.precision.gradient_reduction"])])
+def test_gradients_are_summed_in_fp32_or_in_the_trainers_own_dtype(tmp_path, asked, wrong):
+    errors = check(task_of(tmp_path, with_reduction(RL, fp16=asked), claim("threshold", GRADE)))[0]
+    assert [(error.key, error.allowed) for error in errors] == [(key, "fp32 or fp16, the trainer's own dtype") for key in wrong]
+
+
+def test_what_acts_on_training_alone_is_refused_elsewhere(tmp_path):
+    text = with_reduction(OFFLINE, bf16="bf16", fp16="fp16")
+    task = task_of(tmp_path, text, claim("report", "estimand: k3_nats_per_token, contrast: {arm: bf16}"))
+    (error,) = check(task)[0]
+    assert (error.key, error.allowed) == ("precision.gradient_reduction", "nothing, outside protocol rl")
+
+
 def test_a_drift_may_be_bounded_on_one_side(tmp_path):
     grade = block("prob_diff_mean", "arm: fp16", "[null, 0.405]", "reducer: log_ratio")
     assert errors_of(tmp_path, "threshold", grade) == []

@@ -92,6 +92,10 @@ class Engines:
             for sample in samples
         ]
 
+    def within(self, prompts: list[Prompt], num_tokens: int | None) -> list[Prompt]:
+        """The prompts of at most so many tokens; all without a limit."""
+        return [prompt for prompt in prompts if num_tokens is None or len(token_ids(prompt, self.tokenizer)) <= num_tokens]
+
     def reward(self, rollouts: list[Rollout], prompts: list[Prompt]) -> list[float]:
         """1.0 or 0.0 per rollout."""
         responses = [rollout.response_token_ids for rollout in rollouts]

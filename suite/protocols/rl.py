@@ -65,6 +65,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     shuffle_rewards, perturb = settings.pop("shuffle_rewards", False), settings.pop("perturb", None)
     algorithm = resolve(settings.pop("name"), **settings)
     prompts = load_prompts(cell.settings["data"], cell.get("data.seed", None) or 0)
+    prompts = engines.within(prompts, cell.get("data.max_prompt_tokens", None))
     held_out = load_held_out(cell.settings["data"])
     precision = Precision.of(cell.settings["precision"])
     wire, ranks = precision.wire, session.ranks
@@ -119,7 +120,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         row |= by_advantage(*logprobs, whole.advantages, num_response_tokens(evidence))
         if perturb:
             whole = _perturbed(whole, perturb, trainer, ranks, request_seed(cell.seed, "perturb", step))
-        parts = _minibatches(batch, rollouts, schedule["minibatches"], cell.seed, step)
+        parts = _minibatches(batch, rollouts, schedule, cell.seed, step)
         updates = [trainer.update(whole.rows(part), algorithm) for part in parts]
         clock.lap("t_train_s")
 
@@ -232,9 +233,13 @@ def _perturbed(whole: MiniBatch, perturb: dict, trainer, ranks: Ranks, seed: int
     return replace(whole, old_trainer_logprobs=old, rollout_logprobs=rollout)
 
 
-def _minibatches(prompts: list[Prompt], rollouts: list[Rollout], num: int, seed: int, step: int) -> list[list[int]]:
-    """Rollout indices of each gradient step: whole groups, in a random order of their prompts."""
-    order = np.random.default_rng(request_seed(seed, "minibatches", step)).permutation(len(prompts))
+def _minibatches(prompts: list[Prompt], rollouts: list[Rollout], schedule: dict, seed: int, step: int) -> list[list[int]]:
+    """Rollout indices of each gradient step: whole groups in a random order of their prompts, or responses in a random
+    order of their own."""
+    num, shuffled = schedule["minibatches"], np.random.default_rng(request_seed(seed, "minibatches", step)).permutation
+    if schedule.get("minibatch_of") == "responses":
+        return [part.tolist() for part in np.array_split(shuffled(len(rollouts)), num)]
+    order = shuffled(len(prompts))
     groups: dict[str, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         groups.setdefault(rollout.request.prompt_id, []).append(index)

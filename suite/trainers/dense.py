@@ -57,7 +57,7 @@ class DenseTrainer:
             for parameter in self._frozen.values():
                 parameter.data = parameter.data.to(self._dtype)
             trained = {name: p for name, p in named.items() if name not in self._frozen}
-            self.masters = MasterWeights(trained, self._dtype, train["optimizer"])
+            self.masters = MasterWeights(trained, self._dtype, train["optimizer"], torch_dtype(asked.gradient_reduction))
             scaling = precision.get("loss_scaling") or {"enabled": False}
             self.scaler = LossScaler(**scaling)
             if train.get("gradient_checkpointing"):

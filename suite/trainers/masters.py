@@ -3,6 +3,9 @@
 16-bit weights cannot hold an RL update: at lr 1e-6 a step is far below the spacing of bf16 numbers and would round to
 nothing. So the optimizer works on fp32 copies and the compute parameters are rounded from them after every step. For an
 fp32 trainer the parameters are their own masters.
+
+Gradients of micro-batches and ranks are summed in fp32, as FSDP2 does in the authors' VeRL; or, where a task says so, in
+the compute dtype, as DeepSpeed does in OAT: every addition is then rounded, and a sum in fp16 can overflow.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ from suite.trainers.loss_scale import LossScaler
 class MasterWeights:
     """Masters, gradients and optimizer state of a list of compute parameters; all fp32, on the parameters' device."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], dtype: torch.dtype, optimizer: dict):
-        """Takes fp32 parameters by name, keeps their values as masters, and turns the parameters into `dtype` ones."""
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], dtype: torch.dtype, optimizer: dict,
+                 sum_dtype: torch.dtype = torch.float32):
+        """Takes fp32 parameters by name, keeps their values as masters, and turns the parameters into `dtype` ones; their
+        gradients are summed in `sum_dtype`, which is fp32 or `dtype`."""
         self.compute, self.masters = parameters, {}
+        self._sums: dict[str, torch.Tensor] | None = None if sum_dtype == torch.float32 else {}
         for name, parameter in parameters.items():
             if dtype == torch.float32:
                 self.masters[name] = parameter
@@ -38,17 +44,23 @@ class MasterWeights:
         self._settings = optimizer
 
     def collect(self) -> None:
-        """Add the compute gradients of one micro-batch to the masters' fp32 gradients, and drop them."""
+        """Add the compute gradients of one micro-batch to the masters' fp32 gradients, or to the sums, and drop them."""
         for name, p in self.compute.items():
             master = self.masters[name]
             if p is master or p.grad is None:
+                continue
+            if self._sums is not None:
+                self._sums[name] = self._sums[name].add_(p.grad) if name in self._sums else p.grad
+                p.grad = None
                 continue
             gradient = p.grad.float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
             p.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
-        """The fp32 gradient of every master, zeros where no micro-batch left one: what ranks add up."""
+        """The gradient of every master in the dtype of the sums, zeros where no micro-batch left one: what ranks add up."""
+        if self._sums is not None:
+            return [self._sums.setdefault(name, torch.zeros_like(p)) for name, p in self.compute.items()]
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -62,7 +74,11 @@ class MasterWeights:
         """
         masters = list(self.masters.values())
         loss_scale = scaler.scale_value
-        self.gradient_dtypes = {dtype_name(master.grad.dtype) for master in masters if master.grad is not None}
+        summed = self._sums if self._sums is not None else {}
+        for name, total in summed.items():
+            self.masters[name].grad = total.float()
+        sums = summed.values() or [master.grad for master in masters if master.grad is not None]
+        self.gradient_dtypes = {dtype_name(total.dtype) for total in sums}
         skipped = scaler.unscale_and_check(masters)
         norm = math.nan
         if not skipped:
@@ -75,6 +91,7 @@ class MasterWeights:
             self.round()
         for master in masters:
             master.grad = None
+        summed.clear()
         largest = scaler.max_abs_scaled_grad
         scaler.update(skipped)
         return {"grad_norm": norm, "learning_rate": rate, "loss_scale": loss_scale, "step_skipped": int(skipped),
