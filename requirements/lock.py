@@ -2,6 +2,12 @@
 
 Run it with the Python the lock is meant for. pip reads metadata only (a dry run over ranged requests); nothing is
 installed. The lock holds every package with its exact version and is installed with `pip install --no-deps`.
+
+It pins versions, not bytes. With --require-hashes pip wants the hash of every file that may be taken: one list for Python
+3.11 and later on x86-64 and Arm, of which one run of pip sees one file a package. And the same version of torch's CPU build
+may be another file on another index, and set-up takes it from whichever has one. Instead no index supplies what it is not
+asked for (setup.sh takes torch alone from TORCH_INDEX), and every record holds the versions that ran. Whoever needs the
+bytes freezes them: `pip wheel --no-deps -r`, then PIP_NO_INDEX and PIP_FIND_LINKS.
 """
 
 import json
