@@ -10,6 +10,7 @@ and only plain decimals are numbers. Whatever else some YAML reader takes for a 
 import copy
 import math
 import re
+import stat
 from functools import lru_cache
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def read_yaml(path: str | Path) -> tuple[object, list[TaskError]]:
     Raises nothing for bad content; OSError (no such file, no permission) becomes an error in the list as well.
     """
     try:
-        data = Path(path).read_bytes()
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            return None, [TaskError(path, "(file)", "a folder, pipe or device", "a regular file")]
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as problem:  # ValueError: a name with NUL in it
         return None, [TaskError(path, "(file)", getattr(problem, "strerror", None) or str(problem), "a readable YAML file")]
     value, errors = _read_bytes(data, str(path))
@@ -77,7 +81,7 @@ def read_yaml(path: str | Path) -> tuple[object, list[TaskError]]:
 @lru_cache(maxsize=128)  # by content: blocks and compared tasks are read again and again, and nothing here can be stale
 def _read_bytes(data: bytes, path: str) -> tuple[object, list[TaskError]]:
     if len(data) > MAX_BYTES:
-        return None, [TaskError(path, "(file)", f"{len(data)} bytes", f"at most {MAX_BYTES} bytes")]
+        return None, [TaskError(path, "(file)", f"over {MAX_BYTES} bytes", f"at most {MAX_BYTES} bytes")]
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as problem:

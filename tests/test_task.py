@@ -1,5 +1,6 @@
 """Task files: what is read, what is refused, and that every refusal names file, key, found and allowed."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -305,6 +306,19 @@ def test_files_that_are_no_task_are_refused_and_never_crash(checkout, content):
     with pytest.raises(TaskErrors) as caught:
         load_task(path)
     assert all(error.file.endswith("tiny.yaml") and error.allowed for error in caught.value.errors)
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(checkout):
+    path = checkout()
+    path.unlink()
+    os.mkfifo(path)
+    (error,) = errors_of(path)
+    assert (error.key, error.allowed) == ("(file)", "a regular file")
+    path.unlink()
+    path.mkdir()
+    assert errors_of(path)[0].allowed == "a regular file"
+    path.rmdir()
+    assert errors_of(path)[0].found == "No such file or directory"
 
 
 def test_an_alias_bomb_is_refused_before_it_is_expanded(checkout):
