@@ -60,7 +60,9 @@ class MoeTrainer:
         if train.get("gradient_checkpointing"):
             _recompute_layers(self._model, products)
         if self._can_train:
-            self.masters = MasterWeights(dict(self._model.named_parameters()), self._dtype, train["optimizer"])
+            self.masters = MasterWeights(
+                dict(self._model.named_parameters()), self._dtype, train["optimizer"], torch_dtype(asked.gradient_reduction)
+            )
             self.scaler = LossScaler(**(precision.get("loss_scaling") or {"enabled": False}))
         self._model.train(self._can_train)
         self._scorer = Scorer(
