@@ -14,7 +14,7 @@ def trainer_errors(task: Task, cells: list) -> dict[str, TaskError]:
     found: dict[str, TaskError] = {}
     for cell in cells:
         engine = cell.get("train.engine", None) if cell.settings.get("train") else "none"
-        rules = [] if engine == "none" else _of_ranks(cell) + (_of_moe(cell) if engine == "moe" else _of_dense(cell))
+        rules = [] if engine == "none" else (_of_moe(cell) if engine == "moe" else _of_dense(cell)) + _of_ranks(cell)
         for key, value, allowed in [*_of_training(task, cell), *rules]:
             found.setdefault(key, TaskError(task.file, key, value, allowed))
     return found
