@@ -42,7 +42,7 @@ from suite import dump_files
 from suite.dump_caps import cap_verdict
 from suite.dump_plan import Problems, draws_at_random, plan_flaws, planned_counts
 from suite.dump_rows import Rollout, check_row, row_error
-from suite.dump_signs import Copies, Flaw, LaunchSigns
+from suite.dump_signs import NOTE, Copies, Flaw, LaunchSigns
 from suite.errors import TaskError, UserError
 from suite.grade.launches import OFFLINE
 from suite.mismatch import concat_sums, estimates, prompt_sums, token_statistics
@@ -74,7 +74,7 @@ def grade_evidence(task: Task, paths: str | Path | Sequence[str | Path]) -> dict
     absent = [control for control in task.controls if control.name not in present]
     kept = tuple(control for control in task.controls if control.name in present)
     verdict = grade_task(_with_controls(task, kept), dump.runs)
-    return cap_verdict(_with_controls(task, kept), verdict, dump.flaws, absent) | {"notes": dump.notes}
+    return cap_verdict(_with_controls(task, kept), verdict, [flaw for flaw in dump.flaws if flaw.word != NOTE], absent) | {"notes": dump.notes}
 
 
 def _with_controls(task: Task, controls: tuple) -> Task:

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from suite.dump_rows import Rollout
-from suite.dump_signs import Flaw, launch_text
+from suite.dump_signs import NOTE, Flaw, launch_text
 from suite.errors import TaskError
 from suite.grade.controls import control_points
 from suite.plan import read_path
 from suite.task import Task, axis_label, deep_merge
+
+# A launch with fewer problems or samples than planned is as fit to compare, only noisier, and the interval over launches shows
+# that noise. Below these shares of the plan it says too little of the task's own problems, and above the plan it was chosen.
+ENOUGH_PROBLEMS, ENOUGH_SAMPLES = 1 / 3, 1 / 2
 
 Cell = tuple  # (arm, ((dotted path, label), ...), seed)
 
@@ -74,9 +78,15 @@ def _counts(task: Task, cells: dict[Cell, Problems]) -> list[Flaw]:
             others = f" and {len(odd) - 1} other problems" if odd[1:] else ""
             wrong.append(f"{found[odd[0]]} of {samples} planned samples of {odd[0]!r:.80}{others}")
         if wrong:
+            enough = _enough(len(found), prompts, ENOUGH_PROBLEMS) and all(_enough(n, samples, ENOUGH_SAMPLES) for n in found.values())
             resolve = "give the problems and samples that the task plans, no less and no more"
-            flaws.append(Flaw(*cell[:2], "INCONCLUSIVE", f"{launch_text(cell)}: {'; '.join(wrong)}", resolve, False))
+            word = NOTE if enough else "INCONCLUSIVE"
+            flaws.append(Flaw(*cell[:2], word, f"{launch_text(cell)}: {'; '.join(wrong)}", resolve, False))
     return flaws
+
+
+def _enough(found: int, planned: int | None, share: float) -> bool:
+    return planned is None or share * planned <= found <= planned
 
 
 def _missing(task: Task, cells: dict[Cell, Problems], required: list[str]) -> list[Flaw]:

@@ -33,11 +33,13 @@ SMALLEST_ON_GRID = 0.05  # nearer to 0 the fp16 grid is as fine as what a text w
 SAME = 6e-7  # how far from the grid a value may be, for the digits that a text leaves out
 COARSE = 0.05  # share of the mean squared log-ratio that rounding to decimals may make up
 COLUMNS = ("rollout_logprobs", "trainer_logprobs")
+NOTE = "NOTE"
 
 
 @dataclass(frozen=True)
 class Flaw:
-    """Something wrong with one arm, at one grid point. word: INVALID, or INCONCLUSIVE for what caps a claim.
+    """Something wrong with one arm, at one grid point. word: INVALID, INCONCLUSIVE for what caps a claim, or NOTE for what is
+    said beside the verdict.
 
     Where `tokens_only`, claims that rest on reward and length alone are not touched.
     """

@@ -141,8 +141,8 @@ class RunWriter:
         """Take in which checkpoint runs. Raises DataError where the parts before ran with another one."""
         before = self.record.get("weights") or {}
         for name in ("sha256", "files_sha256") if self.parts_done else ():
-            if before.get(name, weights[name]) != weights[name]:
-                found = f"found {weights[name]}, allowed: {before[name]}, with which it began"
+            if name in before and before[name] != weights.get(name):
+                found = f"found {weights.get(name)}, allowed: {before[name]}, with which it began"
                 raise DataError(f"{self.folder}: weights.{name}: {found} (put the model back, or move this folder away)")
         self.update(weights=weights)
 

@@ -245,14 +245,16 @@ def test_what_is_not_as_planned_caps_the_claim_and_says_what(tmp_path):
     rows = make_rows() + floor
     assert graded(tmp_path, rows, task)["verdict"] == "PASS"
     for left_out, says in (
-        (lambda row: row["prompt_id"] == "p3", "arm bf16 seed 0: 3 of 4 planned problems"),
-        (lambda row: row["arm"] == "fp16" and row["sample_id"] == 2, "arm fp16 seed 0: 2 of 3 planned samples of 'p0'"),
+        (lambda row: row["prompt_id"] != "p3", "arm bf16 seed 0: 1 of 4 planned problems"),
+        (lambda row: row["arm"] == "fp16" and row["sample_id"] != 2, "arm fp16 seed 0: 1 of 3 planned samples of 'p0'"),
         (lambda row: row["seed"] == 2, "arm bf16 seed 2: no rows; 3 launches are planned"),
         (lambda row: row in floor and row["seed"] == 1, "arm control-floor seed 1: no rows; 2 launches are planned"),
     ):
         found = graded(tmp_path, [row for row in rows if not left_out(row)], task)
         assert found["verdict"] == found["claims"][0]["verdict"] == "INCONCLUSIVE"
         assert says in found["claims"][0]["reason"]
+    fewer = graded(tmp_path, [row for row in rows if row["prompt_id"] != "p3" and row["sample_id"] != 2], task)
+    assert fewer["verdict"] == "PASS" and any("3 of 4 planned problems" in note and "2 of 3 planned samples" in note for note in fewer["notes"])
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------------
