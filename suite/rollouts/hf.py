@@ -112,10 +112,10 @@ class HfSampler:
         rows = zip(self.distributions(sequences), sequences, strict=True)
         return [np.take_along_axis(full, np.array([tokens[n:]], dtype=np.int64).T, 1)[:, 0] for full, (tokens, n) in rows]
 
-    @torch.no_grad()
     def expert_choices(self, sequences: list[tuple[list[int], int]]) -> None:
         """This engine does not tell."""
 
+    @torch.no_grad()
     def load_weights(self, named_tensors) -> None:
         parameters = dict(self._model.named_parameters())
         for name, tensor in named_tensors:
