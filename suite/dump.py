@@ -73,7 +73,7 @@ def grade_evidence(task: Task, paths: str | Path | Sequence[str | Path]) -> dict
     present = {run.arm for run in dump.runs}
     absent = [control for control in task.controls if control.name not in present]
     kept = tuple(control for control in task.controls if control.name in present)
-    verdict = grade_task(_with_controls(task, kept), dump.runs)
+    verdict = grade_task(_with_controls(task, kept), dump.runs, foreign=True)
     return cap_verdict(_with_controls(task, kept), verdict, [flaw for flaw in dump.flaws if flaw.word != NOTE], absent) | {"notes": dump.notes}
 
 

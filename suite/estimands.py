@@ -21,7 +21,9 @@ class Estimand:
 
     range is that of a level (one arm's value), ends included where finite. scale is where an interval for that level
     is closest to normal: log for positive quantities, logit for shares in [0, 1], identity otherwise; a ratio of two
-    arms is always taken as a log-ratio, and is defined only where both are positive.
+    arms is always taken as a log-ratio, and is defined only where both are positive. gaps: an iteration may lack it by
+    right (the norm of a gradient that was skipped, the slope over responses of one length); of anything else a value that
+    is missing leaves the launch without one.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Estimand:
     range: tuple[float, float]
     scale: Scale
     peers: tuple[str, ...] = ()
+    gaps: bool = False
 
 
 INF = math.inf
@@ -41,7 +44,7 @@ _ROWS = (
     Estimand("k1_nats_per_token", "mean(-r)", NATS, ANY, "identity",
              ("verl rollout_corr/kl", "OpenRLHF vllm_kl", "oat fork kl_sample_train_v1", "slime mismatch_kl",
               "AReaL behave_approx_kl")),
-    Estimand("full_vocab_kl_nats_per_token", "mean over positions of sum_v mu_v (log mu_v - log pi_v)", NATS, NON_NEGATIVE, "log"),
+    Estimand("full_vocab_kl_nats_per_token", "mean over positions of sum_v mu_v (log mu_v - log pi_v)", NATS, NON_NEGATIVE, "log", gaps=True),
     Estimand("k2_nats_per_token", "mean(r^2)/2", NATS, NON_NEGATIVE, "log", ("oat fork kl_sample_train_v2",)),
     Estimand("k3_nats_per_token", "mean(e^r - 1 - r)", NATS, NON_NEGATIVE, "log",
              ("verl rollout_corr/k3_kl", "prime-rl mismatch_kl", "NeMo-RL gen_kl_error", "slime mismatch_k3_kl")),
@@ -55,7 +58,7 @@ _ROWS = (
              ("paper Min[pi - mu]", "oat fork -sampler_learner_prob_diff_max")),
     Estimand("prob_diff_p999", "99.9th percentile of |pi - mu|", PROB, UNIT, "log"),
     Estimand("prob_pearson", "Pearson correlation of pi and mu over tokens", "1", SIGNED_UNIT, "identity",
-             ("verl training/rollout_actor_probs_pearson_corr",)),
+             ("verl training/rollout_actor_probs_pearson_corr",), gaps=True),
     Estimand("logprob_diff_mean", "mean|r|", NATS, NON_NEGATIVE, "log",
              ("TRL sampling/sampling_logp_difference/mean", "SkyRL rollout_train_logprobs_abs_diff_mean",
               "slime train_rollout_logprob_abs_diff (mean over samples first)",
@@ -64,16 +67,16 @@ _ROWS = (
     Estimand("mult_prob_error", "mean(e^|r|)", "ratio", AT_LEAST_ONE, "log", ("NeMo-RL token_mult_prob_error",)),
     Estimand("out_of_band_share", "share of tokens with pi/mu outside [0.9, 1.1]", SHARE, UNIT, "logit",
              ("NeMo-RL is_oob_ratio", "verl rollout_is_oob_ratio", "SkyRL mask ratio (each with its own band)")),
-    Estimand("k3_top_token_share", "max(k3 of one token) / sum(k3)", SHARE, UNIT, "logit"),
-    Estimand("k3_top_0p1pct_share", "sum of the largest 0.1 % of token k3 / sum(k3)", SHARE, UNIT, "logit"),
+    Estimand("k3_top_token_share", "max(k3 of one token) / sum(k3)", SHARE, UNIT, "logit", gaps=True),
+    Estimand("k3_top_0p1pct_share", "sum of the largest 0.1 % of token k3 / sum(k3)", SHARE, UNIT, "logit", gaps=True),
     Estimand("routing_disagreement", "share of (response token, layer) pairs for which sampler and trainer choose other sets of experts",
              SHARE, UNIT, "logit"),
     # sequence level
     Estimand("seq_kl_k1_nats", "mean over sequences of sum_t -r_t", NATS_SEQ, ANY, "identity",
              ("paper figure 5 KL[mu|pi]",)),
     Estimand("seq_slope_nats_per_1k_tokens", "least-squares slope, with intercept, of sum_t r_t on T_i/1000",
-             "nats/1k tokens", ANY, "identity", ("paper figure 5 slope",)),
-    Estimand("seq_intercept_nats", "intercept of that line", NATS_SEQ, ANY, "identity"),
+             "nats/1k tokens", ANY, "identity", ("paper figure 5 slope",), gaps=True),
+    Estimand("seq_intercept_nats", "intercept of that line", NATS_SEQ, ANY, "identity", gaps=True),
     Estimand("seq_log_ratio_max", "max over sequences of sum_t r_t", NATS_SEQ, ANY, "identity"),
     Estimand("seq_log_ratio_min", "min over sequences of sum_t r_t", NATS_SEQ, ANY, "identity"),
     Estimand("seq_mult_prob_error_max", "max over sequences of mean_t e^|r_t|", "ratio", AT_LEAST_ONE, "log",
@@ -90,15 +93,15 @@ _ROWS = (
     Estimand("mismatch_push_negative", "sum over tokens with A < 0 of -(pi/mu - 1) A, per token of the step", "1", ANY, "identity"),
     Estimand("bad_update_share_0p5", "share of tokens with A < 0 and pi - mu < -0.5", SHARE, UNIT, "logit"),
     Estimand("bad_update_share_0p2", "share of tokens with A < 0 and pi - mu < -0.2", SHARE, UNIT, "logit"),
-    Estimand("eval_reward_mean", "mean reward of the trainer's own policy on held-out problems", SHARE, UNIT, "logit"),
-    Estimand("grad_norm", "L2 norm of the unscaled gradient before clipping", "1", NON_NEGATIVE, "log"),
+    Estimand("eval_reward_mean", "mean reward of the trainer's own policy on held-out problems", SHARE, UNIT, "logit", gaps=True),
+    Estimand("grad_norm", "L2 norm of the unscaled gradient before clipping", "1", NON_NEGATIVE, "log", gaps=True),
     Estimand("learning_rate", "learning rate of the iteration's last update", "1", NON_NEGATIVE, "log"),
     Estimand("loss_scale", "fp16 loss scale in force", "1", NON_NEGATIVE, "log"),
     Estimand("step_skipped", "optimizer steps of an iteration skipped after a non-finite gradient", "steps",
              NON_NEGATIVE, "identity", ("AReaL update_successful (its complement)",)),
     Estimand("loss", "policy loss, mean over the mini-batches of an iteration", "1", ANY, "identity"),
     Estimand("grad_underflow_share", "share of weight-matrix gradient elements that are 0 or subnormal in their dtype",
-             SHARE, UNIT, "logit"),
+             SHARE, UNIT, "logit", gaps=True),
     Estimand("grad_scaled_max_abs", "largest |gradient| before unscaling (fp16 ends at 65,504)", "1", NON_NEGATIVE,
              "log"),
     Estimand("activation_max_abs", "largest |output| of a decoder layer (fp16 ends at 65,504)", "1", NON_NEGATIVE,

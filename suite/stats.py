@@ -159,7 +159,8 @@ def prompt_bootstrap(
     for start in range(0, num_resamples, 200):  # blocks, so that memory does not grow with resamples x prompts
         block = min(200, num_resamples - start)
         weights = rng.multinomial(num_prompts, np.full(num_prompts, 1.0 / num_prompts), size=block).astype(np.float64)
-        drawn.append(statistic(*({name: weights @ col for name, col in table.items()} for table in columns)))
+        with np.errstate(invalid="ignore"):  # a column that overflowed: its statistic is not finite, and others do not use it
+            drawn.append(statistic(*({name: weights @ col for name, col in table.items()} for table in columns)))
     drawn = np.concatenate(drawn)
     if not (math.isfinite(estimate) and np.isfinite(drawn).all()):
         return None

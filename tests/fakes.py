@@ -26,7 +26,7 @@ title: A task for tests
 protocol: offline_mismatch
 model: {{id: tiny, revision: "1", sha256: "{sha}", family: qwen2, dtype_on_disk: bf16}}
 data: {{id: running-sums, revision: "1", sha256: "{sha}", template: desk, num_prompts: 6}}
-rollout: {{engine: hf, samples_per_prompt: 8, temperature: 1.0, top_p: 1.0, max_tokens: 64}}
+rollout: {{engine: hf, samples_per_prompt: 2, temperature: 1.0, top_p: 1.0, max_tokens: 64}}
 train: {{engine: dense, score_batch_size: 4}}
 arms:
   bf16: {{precision: {{rollout: bf16, train: bf16}}}}
@@ -51,7 +51,7 @@ train:
   score_batch_size: 4
   optimizer: {{name: adamw, lr: 1.0e-6, betas: [0.9, 0.95], eps: 1.0e-15, weight_decay: 0.0, warmup_steps: 0}}
 algorithm: {{name: GRPO}}
-schedule: {{steps: 100, prompts_per_step: 8, minibatches: 1}}
+schedule: {{steps: {steps}, prompts_per_step: 64, minibatches: 1}}
 arms:
   bf16: {{precision: {{rollout: bf16, train: bf16}}}}
   fp16: {{precision: {{rollout: fp16, train: fp16}}}}
@@ -74,11 +74,11 @@ resources: {{gpus: 0, gpu_mem_gib: 0.0, disk_gib: 1.0, cpu_ok: true}}
 
 
 def task_of(
-    folder: Path, text: str, rest: str, *, name: str = "tiny", seeds=(0, 1, 2), needs=(), sha: str = "a" * 64
+    folder: Path, text: str, rest: str, *, name: str = "tiny", seeds=(0, 1, 2), needs=(), sha: str = "a" * 64, steps: int = 100
 ) -> Task:
     """The task that this text describes; `rest` holds claims, grade and controls."""
     path = folder / f"{name}.yaml"
-    path.write_text(text.format(id=name, seeds=list(seeds), needs=list(needs), sha=sha) + rest)
+    path.write_text(text.format(id=name, seeds=list(seeds), needs=list(needs), sha=sha, steps=steps) + rest)
     return load_task(path)
 
 
@@ -139,13 +139,20 @@ def run_of(
     return Run(Path("nowhere"), record | changes, list(metrics), summary)
 
 
-def series_run(task: Task, arm: str, seed: int, values, name: str = "reward_mean", **more) -> Run:
-    """An RL run with one series, a value per step, from step 0 as the loop counts; `more` may hold further series as arrays or fields of
-    run_of.
+def series_run(task: Task, arm: str, seed: int, values, name: str = "reward_mean", cut: bool = False, **more) -> Run:
+    """An RL run with one series, a value per step, from step 0 as the loop counts; `more` may hold further series as
+    arrays or fields of run_of. It goes on to the end of the task's schedule with its last values, unless it is `cut`.
     """
     extra = {key: more.pop(key) for key in list(more) if isinstance(more[key], (list, np.ndarray))}
-    rows = [{"step": i, name: float(v), **{k: float(s[i]) for k, s in extra.items()}} for i, v in enumerate(values)]
+    num = len(values) if cut else max(len(values), task.schedule.steps)
+    columns = {key: held(column, num) for key, column in {name: values, **extra}.items()}
+    rows = [{"step": i} | {key: float(column[i]) for key, column in columns.items()} for i in range(num)]
     return run_of(task, arm, seed, metrics=rows, **more)
+
+
+def held(values, num: int) -> np.ndarray:
+    """A series of `num` values that stays where it was at its end."""
+    return np.pad(np.asarray(values, dtype=float), (0, max(0, num - len(values))), mode="edge")
 
 
 def prompt_table(noise: float, seed: int, num_prompts: int = 6, tokens: int = 400) -> dict[str, np.ndarray]:

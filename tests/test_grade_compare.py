@@ -7,7 +7,7 @@ from suite.grade import Needed, grade_task
 from suite.validate import check
 
 FLOOR = (
-    "controls:\n  - {name: control-floor, kind: floor, like: bf16, set: {precision: {rollout: fp32, train: fp32}}, "
+    "controls:\n  - {name: control-floor, kind: floor, like: bf16, set: {precision: {rollout: fp32, train: fp32}, schedule: {steps: 4}}, "
     "seeds: [0], estimand: k3_nats_per_token, contrast: {arm: control-floor}, accept: [0.0, 1.0e-9]}\n"
 )
 ENDS = block("reward_mean", "difference: [one-fp16, two-bf16]", "[0.05, null]", "reducer: last_k_mean, window: 4, min_seeds: 3")
@@ -16,7 +16,7 @@ ENDS = block("reward_mean", "difference: [one-fp16, two-bf16]", "[0.05, null]", 
 def needed_task(tmp_path, name, floor=1e-13, sha="a" * 64, **levels):
     """A task with a floor control and five launches of each arm, whose accuracy stays at a level each."""
     report = claim("report", "estimand: reward_mean, contrast: {arm: bf16}", name="C1-report")
-    task = task_of(tmp_path, RL, report + FLOOR, name=name, sha=sha)
+    task = task_of(tmp_path, RL, report + FLOOR, name=name, sha=sha, seeds=range(5))
     runs = [series_run(task, arm, s, [level + 0.002 * s * level] * 100) for arm, level in levels.items() for s in range(5)]
     runs.append(series_run(task, "control-floor", 0, [floor] * 4, "k3_nats_per_token"))
     return Needed(task, runs)

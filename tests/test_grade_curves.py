@@ -1,6 +1,5 @@
 """Fed the paper's digitised curves, graders return the paper's statement: one seed is consistent, five seeds pass."""
 
-import numpy as np
 import pytest
 from fakes import COMPARE, RL, block, claim, curve, event_grade, jittered, only, series_run, task_of, time_grade
 
@@ -19,7 +18,7 @@ def end(contrast: str, accept: str, window: int = 23) -> str:
 
 def rows_of(tmp_path, kind, grade, curves):
     """(row of one seed, row of five jittered seeds) for a claim fed with {arm: curve}."""
-    task = task_of(tmp_path, RL, claim(kind, grade), seeds=range(5))
+    task = task_of(tmp_path, RL, claim(kind, grade), seeds=range(5), steps=max(map(len, curves.values())))
     one = [series_run(task, arm, 0, values) for arm, values in curves.items()]
     arms = list(enumerate(curves.items()))
     many = [series_run(task, arm, s, jittered(values, [s, i])) for i, (arm, values) in arms for s in range(5)]
@@ -29,7 +28,7 @@ def rows_of(tmp_path, kind, grade, curves):
 def assert_paper(rows):
     one, five = rows
     assert one["verdict"] == "INCONCLUSIVE" and one["consistent_with_paper"] is True
-    assert "too_few_seeds" in one["reason"] or "straddles" in one["reason"]
+    assert any(word in one["reason"] for word in ("too_few_seeds", "straddles", "missing_launches"))
     assert five["verdict"] == "PASS", five["reason"]
 
 
@@ -94,8 +93,8 @@ def compared(tmp_path, kind, grade, num_seeds):
     """The row of a compare task fed with panels a to f of figure 1, each its own task."""
     report, needed = claim("report", "estimand: reward_mean, contrast: {arm: bf16}"), {}
     for panel in SANITY:
-        task = task_of(tmp_path, RL, report, name=f"s-{panel}", seeds=range(5))
         curves = {"bf16": curve(panel, "BF16"), "fp16": curve(panel, "FP16", 1830)}
+        task = task_of(tmp_path, RL, report, name=f"s-{panel}", seeds=range(5), steps=max(map(len, curves.values())))
         for arm, values in curves.items():
             noisy = [values] if num_seeds == 1 else [jittered(values, [s, ord(panel), len(values)]) for s in range(5)]
             needed.setdefault(task.id, Needed(task, [])).runs.extend(series_run(task, arm, s, v) for s, v in enumerate(noisy))
@@ -154,9 +153,7 @@ def test_sanity_order_fed_with_figure_1_says_what_the_paper_says():
     needed = {}
     for name, panel in panels.items():
         need = load_task(f"sanity-{name}")
-        fp16 = curve(panel, "FP16")
-        fp16 = np.pad(fp16, (0, max(0, 2000 - len(fp16))), mode="edge")  # PG-Seq-IS is drawn to 1,829
-        series = {"fp16": fp16, "bf16": curve(panel, "BF16")}
+        series = {arm: curve(panel, arm.upper()) for arm in ("fp16", "bf16")}  # PG-Seq-IS is drawn to 1,829, and held there
         runs = [run for arm, values in series.items() for run in seeds_of(need, arm, values)]
         needed[need.id] = Needed(need, runs)
     rows = {row["id"]: row for row in grade_task(task, [], needed)["claims"]}

@@ -18,9 +18,9 @@ def rows(values, name="reward_mean", **more):
     return [{"step": i, name: v, **{k: s[i] for k, s in more.items()}} for i, v in enumerate(values)]
 
 
-def per_seed(tmp_path, grade, runs, kind="threshold", text=RL, seeds=(0, 1, 2)):
+def per_seed(tmp_path, grade, runs, kind="threshold", text=RL, seeds=(0, 1, 2), steps=40):
     """The per-launch values of a claim over runs made by `runs(task)`."""
-    task = task_of(tmp_path, text, claim(kind, grade), seeds=seeds)
+    task = task_of(tmp_path, text, claim(kind, grade), seeds=seeds, steps=steps)
     return [row["value"] for row in only(grade_task(task, runs(task)))["per_seed"]]
 
 
@@ -34,12 +34,22 @@ def test_until_is_the_horizon_a_value_is_taken_at(tmp_path):
     assert values == [pytest.approx((0.08 + 0.09) / 2)] * 2
 
 
-def test_a_run_that_ended_before_the_horizon_has_no_value_there_unless_it_diverged(tmp_path):
-    grade = block("reward_mean", "arm: fp16", "[0.1, 0.2]", "reducer: last_k_mean, window: 2, until: 30")
-    short = rows(np.arange(20) / 100)
-    ends = ("success", "diverged")
-    runs = lambda task: [run_of(task, "fp16", s, metrics=short, status=ends[s]) for s in (0, 1)]  # noqa: E731
-    assert per_seed(tmp_path, grade, runs) == [None, pytest.approx(0.185)]
+@pytest.mark.parametrize(("status", "skipped", "until", "value", "said"), [
+    ("success", 0, "until: 30", None, "20 of 30 iterations are recorded"),
+    ("success", 0, "", None, "20 of 40 iterations are recorded"),
+    ("diverged", 0, "", None, "diverged at iteration 20 (log-probs that are not finite): it has no value at iteration 39"),
+    ("diverged", 1, "", 0.185, None),
+    ("diverged", 0, "until: 20", 0.185, None),
+])  # fmt: skip
+def test_a_run_that_ended_early_has_no_value_at_its_end_unless_its_weights_stand_still(tmp_path, status, skipped, until, value, said):
+    """Of a run that skipped every step of its last ten iterations one knows what it would have been."""
+    grade = block("reward_mean", "arm: fp16", "[0.1, 0.2]", ", ".join(filter(None, ["reducer: last_k_mean, window: 2", until])))
+    short = rows(np.arange(20) / 100, step_skipped=[0] * 10 + [skipped] * 10, loss_scale=[64.0] * 20)
+    task = task_of(tmp_path, RL, claim("threshold", grade), steps=40)
+    more = {"status": status, "diverged": {"step": 20, "reason": "log-probs that are not finite"}}
+    found = only(grade_task(task, [run_of(task, "fp16", 0, metrics=short, **more)]))["per_seed"]
+    assert found[0]["value"] == (None if value is None else pytest.approx(value))
+    assert found[0].get("problem") == (said and f"fp16 seed 0: {said}")
 
 
 def test_a_collapse_after_the_horizon_is_none_and_one_before_it_counts(tmp_path):
@@ -52,10 +62,10 @@ def test_a_collapse_after_the_horizon_is_none_and_one_before_it_counts(tmp_path)
 
 def test_the_first_passage_is_the_first_window_mean_at_the_level_and_censored_without_one(tmp_path):
     grade = block("reward_mean", "arm: fp16", "[1, 25]", "reducer: time_to_event, window: 4, level: 0.95")
-    climbs = np.array([0.5] * 10 + [1.0] * 10)  # the window of steps 10..13 is the first whose mean is 1.0
+    climbs = np.array([0.5] * 10 + [1.0] * 30)  # the window of steps 10..13 is the first whose mean is 1.0
     runs = lambda task: [run_of(task, "fp16", s, metrics=rows(v)) for s, v in enumerate((climbs, FLAT))]  # noqa: E731
     assert per_seed(tmp_path, grade, runs) == [14.0, 40.0]
-    task = task_of(tmp_path, RL, claim("threshold", grade), seeds=(0, 1))
+    task = task_of(tmp_path, RL, claim("threshold", grade), seeds=(0, 1), steps=40)
     row = only(grade_task(task, runs(task)))
     assert [one["censored"] for one in row["per_seed"]] == ["", "high"] and row["unit"] == "iterations"
     assert row["verdict"] == "INCONCLUSIVE"
@@ -65,7 +75,7 @@ def test_the_first_passage_is_the_first_window_mean_at_the_level_and_censored_wi
 
 
 def test_a_relative_drop_is_a_share_of_the_peak(tmp_path):
-    falls = np.array([0.4] * 10 + [0.25] * 10)  # by 0.15: 37.5 % of the peak
+    falls = np.array([0.4] * 10 + [0.25] * 30)  # by 0.15: 37.5 % of the peak
     for drop, expected in ((0.3, 1.0), (0.5, 0.0)):
         grade = event_grade("bf16", "collapses", drop, hold=5).replace("drop:", "relative: true, drop:")
         runs = lambda task: [run_of(task, "bf16", 0, metrics=rows(falls))]  # noqa: E731
@@ -92,7 +102,7 @@ def test_ten_skips_in_a_row_at_the_smallest_scale_are_counted_in_optimizer_steps
 
 def test_skips_are_a_share_of_optimizer_steps_and_not_of_iterations(tmp_path):
     """One skip in every tenth iteration of four updates is 2.5 %, below the 5 % that bar a pass; three are 7.5 %."""
-    task = task_of(tmp_path, FOUR_UPDATES, claim("event", event_grade("fp16", "stable")), seeds=range(5))
+    task = task_of(tmp_path, FOUR_UPDATES, claim("event", event_grade("fp16", "stable")), seeds=range(5), steps=40)
     for skips, verdict in ((1, "PASS"), (3, "INCONCLUSIVE")):
         more = {"step_skipped": [skips if i % 10 == 0 else 0 for i in range(40)], "loss_scale": [64.0] * 40}
         runs = [run_of(task, "fp16", s, metrics=rows(FLAT, **more)) for s in range(5)]
@@ -116,15 +126,15 @@ def test_the_ratio_of_geometric_means_is_the_geometric_mean_of_the_steps_ratios(
     runs = lambda task: [  # noqa: E731
         run_of(task, arm, 0, metrics=rows(v, "k3_nats_per_token")) for arm, v in (("bf16", bf16), ("fp16", fp16))
     ]
-    assert per_seed(tmp_path, grade, runs, "ratio") == [pytest.approx((100 * 40 * 100) ** (1 / 3))]
+    assert per_seed(tmp_path, grade, runs, "ratio", steps=3) == [pytest.approx((100 * 40 * 100) ** (1 / 3))]
 
 
 def test_launches_that_all_solved_everything_get_the_exact_interval_of_their_rollouts(tmp_path):
     grade = block("reward_mean", "arm: fp16", "[0.95, 1.0]", "reducer: epoch_mean, window: 4, min_seeds: 3")
-    task = task_of(tmp_path, RL, claim("threshold", grade))
-    ones = rows(np.ones(8), num_rollouts=[128.0] * 8)
+    task = task_of(tmp_path, RL, claim("threshold", grade), steps=8)
+    ones = rows(np.ones(8), num_rollouts=[512.0] * 8)
     row = only(grade_task(task, [run_of(task, "fp16", s, metrics=ones) for s in range(3)]))
-    assert row["verdict"] == "PASS" and row["interval"] == [pytest.approx(0.05 ** (1 / 512)), 1.0]
+    assert row["verdict"] == "PASS" and row["interval"] == [pytest.approx(0.05 ** (1 / 2048)), 1.0]
 
 
 def test_the_drift_interval_by_hand():
@@ -151,7 +161,7 @@ PASSING = claim("ratio", block("prob_diff_mean", "ratio: [bf16, fp16]", "[4, 16]
 
 def control_outcome(tmp_path, control, runs):
     """(outcome, row) of one control, with arms that pass: 8 times apart, a little noise."""
-    task = task_of(tmp_path, RL, PASSING + "controls:\n  - {" + control + "}\n")
+    task = task_of(tmp_path, RL, PASSING + "controls:\n  - {" + control + "}\n", steps=40)
     rng = np.random.default_rng(0)
     arms = [
         run_of(task, arm, s, metrics=rows(level * np.exp(0.05 * rng.standard_normal(40)), "prob_diff_mean"))
@@ -164,7 +174,7 @@ def control_outcome(tmp_path, control, runs):
 
 
 FLOOR = (
-    "name: control-floor, kind: floor, like: bf16, set: {precision: {rollout: fp32, train: fp32}}, seeds: [0], "
+    "name: control-floor, kind: floor, like: bf16, set: {precision: {rollout: fp32, train: fp32}, schedule: {steps: 4}}, seeds: [0], "
     "estimand: k3_nats_per_token, contrast: {arm: control-floor}, accept: [0.0, 1.0e-9]"
 )
 
@@ -177,7 +187,7 @@ def test_a_floor_of_exactly_zero_holds(tmp_path, value, outcome):
 
 
 LR_0 = (
-    "name: control-lr-0, kind: null_drift, like: fp16, set: {train: {optimizer: {lr: 0.0}}}, seeds: [0], window: 4, "
+    "name: control-lr-0, kind: null_drift, like: fp16, set: {train: {optimizer: {lr: 0.0}}, schedule: {steps: 8}}, seeds: [0], window: 4, "
     "estimand: prob_diff_mean, contrast: {arm: control-lr-0}, accept: [-0.405, 0.405]"
 )
 
@@ -198,7 +208,7 @@ def test_mismatch_must_not_drift_at_learning_rate_zero(tmp_path, series, outcome
 
 
 SHUFFLED = (
-    "name: control-shuffled, kind: null_drift, like: fp16, set: {algorithm: {shuffle_rewards: true}}, seeds: [0], "
+    "name: control-shuffled, kind: null_drift, like: fp16, set: {algorithm: {shuffle_rewards: true}, schedule: {steps: 8}}, seeds: [0], "
     "window: 4, estimand: reward_mean, contrast: {arm: control-shuffled}, accept: [null, 0.1823]"
 )
 
@@ -226,7 +236,7 @@ def test_one_launch_of_an_aa_control_is_read_against_the_spread_of_the_arm(tmp_p
 
 def test_series_of_fakes_and_of_the_loop_agree(tmp_path):
     """Counting steps from 0 or from 1 moves times by one and changes no share."""
-    task = task_of(tmp_path, RL, claim("event", event_grade("bf16", "collapses", hold=5)), seeds=(0, 1))
+    task = task_of(tmp_path, RL, claim("event", event_grade("bf16", "collapses", hold=5)), seeds=(0, 1), steps=40)
     falls = np.where(np.arange(40) < 20, 0.8, 0.2)
     runs = [series_run(task, "bf16", 0, falls), run_of(task, "bf16", 1, metrics=rows(falls))]
     assert [row["value"] for row in only(grade_task(task, runs))["per_seed"]] == [1.0, 1.0]

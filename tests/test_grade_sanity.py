@@ -1,7 +1,7 @@
 """The sanity tasks of this repository, fed the paper's digitised curves, return what the paper states."""
 
 import pytest
-from fakes import curve, jittered, run_of
+from fakes import curve, jittered, series_run
 
 from suite.grade import grade_task
 from suite.task import find_repo, load_task
@@ -14,12 +14,12 @@ def verdicts(name: str, panel: str, swap: bool = False) -> dict[str, dict]:
     """claim id -> its row, for five jittered seeds of both curves of a panel (swapped: each in the other arm)."""
     folder = "desk" if name.startswith("desk") else "paper"
     task = load_task(find_repo() / "tasks" / folder / f"{name}.yaml")
-    runs = []
+    task = task.model_copy(update={"schedule": task.schedule.model_copy(update={"steps": 2000})})  # a desk run has 32
+    runs, num_rollouts = [], task.schedule.prompts_per_step * task.rollout.samples_per_prompt
     for i, (arm, precision) in enumerate((("bf16", "FP16" if swap else "BF16"), ("fp16", "BF16" if swap else "FP16"))):
         for seed in task.seeds:
-            values = jittered(curve(panel, precision), [seed, i])
-            rows = [{"step": step, "reward_mean": v, "num_rollouts": 512} for step, v in enumerate(values)]
-            runs.append(run_of(task, arm, seed, metrics=rows))
+            values = curve(panel, precision)
+            runs.append(series_run(task, arm, seed, jittered(values, [seed, i]), num_rollouts=[num_rollouts]))
     rows = grade_task(task, runs)["claims"]
     return {row["id"]: row for row in rows if row["estimand"] in ON_REWARD and row["kind"] != "report"}
 

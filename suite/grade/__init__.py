@@ -1,7 +1,8 @@
 """Records to verdicts: three values with a reason, or the plain statement that nothing can be said. No torch.
 
-    PASS          every interval inside the accept region, the controls hold, enough seeds
-    FAIL          an interval disjoint from the region, with at least two seeds (exact kinds: as their interval says)
+    PASS          every planned launch is there, every interval inside the accept region, the controls hold, enough seeds
+    FAIL          every planned launch is there, an interval disjoint from the region, with at least two seeds (counts
+                  without noise: as they are)
     INCONCLUSIVE  everything else, with the reason and what would resolve it
     INVALID       a control, the precision as executed or the one-factor check failed
     ERROR         a run that the claim needs failed
@@ -10,19 +11,21 @@
 A task is the first of INVALID, ERROR, NOT_RUN, FAIL, INCONCLUSIVE, PASS that one of its graded claims has. A verdict
 is a function of task and records alone: no clock, no order of files, no machine enters it.
 
-The way through: launches (records -> one value per launch), contrasts (values -> intervals), judge (intervals -> the
+The way through: planned, sameness and fitness (which records count), events and launches (records -> one value per
+launch), contrasts (values -> intervals), judge (intervals -> the
 verdict of a claim), controls, and here the verdict of the task. power says beforehand what a design can decide.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import suite
 from suite.grade.arms import arm_metrics
-from suite.grade.contrasts import Levels
+from suite.grade.contrasts import Levels, is_exact, shares_of
 from suite.grade.controls import grade_control, unfinished
 from suite.errors import UserError
 from suite.grade.fitness import violations
@@ -30,14 +33,18 @@ from suite.grade.judge import (
     Evidence,
     Judgement,
     claim_row,
+    disjoint,
     display_interval,
     event_rule,
     findings_of,
     judge,
+    num_pairs,
     require_grade,
     too_many_skips,
 )
 from suite.grade.launches import FINISHED, need_of
+from suite.grade.planned import missing_launches, split_by_plan
+from suite.grade.sameness import same_runs
 from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.plan import canonical_json
 from suite.record import write_json
@@ -48,6 +55,7 @@ SCHEMA = 1
 EXIT_CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 10, "ERROR": 11, "NOT_RUN": 12, "INVALID": 13}
 ORDER = ("INVALID", "ERROR", "NOT_RUN", "FAIL", "INCONCLUSIVE", "PASS")
 WEAK_TOLERANCE = "P5"
+NOT_PLANNED = "the task does not plan this cell"
 
 
 @dataclass(frozen=True)
@@ -58,30 +66,38 @@ class Needed:
     runs: list
 
 
-def grade_task(task, runs: list, needed: dict[str, Needed] | None = None) -> dict:
+def grade_task(task, runs: list, needed: dict[str, Needed] | None = None, foreign: bool = False) -> dict:
     """The verdict on one fingerprint, laid out as verdict.json.
 
     runs: those of this task. needed: those of the tasks in `needs`, by id. Runs of another version of their task are left
-    out. Raises UserError if the runs carry several fingerprints (grade_by_fingerprint keeps them apart).
+    out; runs of cells that the task does not plan are listed and not counted. foreign: rollouts of another framework,
+    which know nothing of settings and precision. Raises UserError if the runs carry several fingerprints
+    (grade_by_fingerprint keeps them apart).
     """
     needed = needed or {}
-    runs = _of_version(task, runs)
-    others = {name: _of_version(need.task, need.runs) for name, need in needed.items()}
+    runs, strangers = split_by_plan(task, _of_version(task, runs)) if task.protocol != "compare" else ([], [])
+    sorted_out = {name: split_by_plan(need.task, _of_version(need.task, need.runs)) for name, need in needed.items()}
+    others = {name: counted for name, (counted, _) in sorted_out.items()}
     everything = runs + [run for name in task.needs for run in others.get(name, [])]
+    strangers = strangers + [run for name in task.needs for run in sorted_out.get(name, ([], []))[1]]
     fingerprints = sorted({run.fingerprint for run in everything})
     if len(fingerprints) > 1:
         raise UserError(f"{task.id}: runs of different machines cannot be graded together: {', '.join(fingerprints)}")
-    graded = [claim for claim in task.claims if claim.kind != "report"]
-    broken = violations(task, runs) + [
+    broken = violations(task, runs, foreign) + [
         (f"{name}-{arm}", f"{name}: {line}") for name in others for arm, line in violations(needed[name].task, others[name])
     ]
+    arms_of_others = [run for found in others.values() for run in found if not run.is_control]
+    broken += same_runs(arms_of_others, lambda run: f"{run.record['task']['id']}-{run.arm}")
     unpinned = unpinned_inputs(task) + [f"{name}: {path}" for name in needed for path in unpinned_inputs(needed[name].task)]
-    evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned))
+    tasks = {name: need.task for name, need in needed.items()}
+    evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned), tasks)
     controls = [grade_control(evidence, control) for control in task.controls]
     for name, need in needed.items():
         controls += _controls_of_needed(name, replace(evidence, task=need.task, runs=others[name]))
-    claims = [_grade_claim(evidence, claim, len(graded), controls, broken) for claim in task.claims]
-    verdict, reason = _of_task([row for row in claims if row["kind"] != "report"], controls, everything)
+    claims: list[dict] = []
+    for claim in task.claims:
+        claims.append(_grade_claim(evidence, claim, controls, broken, tuple(row["id"] for row in claims if _excluded(row))))
+    verdict, reason = _of_task([row for row in claims if row["kind"] != "report"], controls, everything, len(strangers))
     environment = everything[0].record.get("environment") or {} if everything else {}
     return {
         "schema": SCHEMA,
@@ -95,7 +111,7 @@ def grade_task(task, runs: list, needed: dict[str, Needed] | None = None) -> dic
         "claims": claims,
         "metrics": arm_metrics(task, runs),
         "controls": controls,
-        "runs": [_run_row(run) for run in everything],
+        "runs": [_run_row(run) for run in everything] + [_run_row(run) | {"not_counted": NOT_PLANNED} for run in strangers],
         "environment": environment,
         "suite": _suite_block(everything),
     }
@@ -136,14 +152,21 @@ def verdict_line(verdict: dict, path: Path | str) -> str:
     )
 
 
+def _excluded(row: dict) -> bool:
+    """Whether the numbers alone fail a claim."""
+    open_ends = [end if end is not None else infinite for end, infinite in zip(row["interval_fail"] or (), (-math.inf, math.inf))]
+    return row["kind"] != "report" and bool(open_ends) and row["accept"] is not None and disjoint(open_ends, row["accept"])
+
+
 def _grade_claim(
-    evidence: Evidence, claim, num_graded: int, controls: list[dict], broken: list[tuple[str, str]]
+    evidence: Evidence, claim, controls: list[dict], broken: list[tuple[str, str]], failed: tuple[str, ...]
 ) -> dict:
     if claim.kind == "report" and claim.id not in evidence.task.grade:
         return _bare_row(claim)
     grade = require_grade(evidence.task, claim)
     stated = grade.interval.level if grade.interval else 0.90
-    evidence, controls = _concerned(replace(evidence, levels=Levels.split(stated, num_graded)), grade, controls)
+    levels = Levels.of(stated, shares_of(evidence.task, failed).get(claim.id, 1.0), num_pairs(grade))
+    evidence, controls = _concerned(replace(evidence, levels=levels), grade, controls)
     compared = findings_of(evidence, claim, grade)
     row = claim_row(claim, grade, compared, display_interval(evidence, claim, grade))
     row["event_rule"] = event_rule(evidence, grade)
@@ -191,10 +214,14 @@ def _nothing_to_judge(evidence: Evidence, grade) -> Judgement | None:
 
 
 def _capped(evidence: Evidence, grade, judgement: Judgement, controls: list[dict]) -> Judgement:
-    """What holds a verdict at INCONCLUSIVE: both ways for a weak tolerance or an unpinned input, a PASS only for the
-    rest.
+    """What holds a verdict at INCONCLUSIVE: both ways for launches that are missing, a weak tolerance or an unpinned
+    input, a PASS only for the rest.
     """
     if judgement.verdict in ("PASS", "FAIL"):
+        missing = missing_launches(evidence.task, evidence.runs, evidence.other_tasks, evidence.other_runs, grade)
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            return _cap(judgement, f"missing_launches: {shown}", "run them: a verdict rests on every planned launch")
         if grade.tolerance is not None and grade.tolerance.level == WEAK_TOLERANCE:
             return _cap(judgement, "weak_tolerance: its level is P5, judgement", "a tolerance with a better source")
         if evidence.unpinned:
@@ -213,10 +240,11 @@ def _cap(judgement: Judgement, why: str, resolve: str) -> Judgement:
     return Judgement("INCONCLUSIVE", f"{why}; otherwise {judgement.verdict}: {judgement.reason}", resolve)
 
 
-def _of_task(graded: list[dict], controls: list[dict], runs: list) -> tuple[str, str]:
+def _of_task(graded: list[dict], controls: list[dict], runs: list, num_strangers: int) -> tuple[str, str]:
     """The task's word and the sentence for it."""
     if not runs:
-        return "NOT_RUN", "nothing recorded"
+        more = f", but {num_strangers} records of cells that the task does not plan" if num_strangers else ""
+        return "NOT_RUN", f"nothing recorded{more}"
     if not graded:
         return "INCONCLUSIVE", "no claim of this task is graded: it only reports"
     words = [row["verdict"] for row in graded]

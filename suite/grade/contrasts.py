@@ -2,9 +2,8 @@
 
 Two intervals are taken from the same values. The one at the stated level (90 %, so each end is a one-sided 5 %
 bound) is shown and decides PASS: a task passes only if all of its claims do, so no claim needs more than its own 5
-%. The wider one, with the 5 % split over the graded claims of the task, decides FAIL: a task fails as soon as one
-claim does. Exact kinds (counts, shares of seeds) keep the stated level for both; with five seeds a split one could
-never exclude anything.
+%. The wider one decides FAIL, since a task fails as soon as one claim does, and a claim as soon as one of its pairs
+does: the task's 5 % is split over its claims (`shares_of`), and a claim's share over its pairs.
 """
 
 from __future__ import annotations
@@ -20,21 +19,51 @@ from suite.grade.launches import Launch, prompt_table, scale_of
 from suite.mismatch import SUMS, estimates_of_totals
 
 Ends = tuple[float, float]
+ZERO_IF_EQUAL = ("k2_nats_per_token", "k3_nats_per_token", "reverse_k3_nats_per_token", "prob_diff_mean", "logprob_diff_mean")
 ADDITIVE = tuple(estimates_of_totals(dict.fromkeys(SUMS, 1.0)))  # estimands that are functions of additive sums
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Two-sided confidence levels: `stated` by the grade, `strict` with the 5 % split over the task's graded
-    claims.
-    """
+    """Two-sided confidence levels: `stated` by the grade for PASS, `strict` for FAIL."""
 
     stated: float
     strict: float
 
     @classmethod
-    def split(cls, level: float, num_claims: int) -> Levels:
-        return cls(level, 1 - (1 - level) / max(num_claims, 1))
+    def of(cls, level: float, share: float, num_pairs: int = 1) -> Levels:
+        """share: of the stated error, what this claim may use for FAIL."""
+        return cls(level, 1 - (1 - level) * share / max(num_pairs, 1))
+
+
+def shares_of(task, failed: tuple[str, ...] = ()) -> dict[str, float]:
+    """claim id -> the share of the task's 5 % that it may use for FAIL; together they are at most 1.
+
+    With few seeds the interval of a share of seeds has steps: five launches that all say no are an error of 1/32 if the
+    truth is one half, and an equal split could never exclude anything. The first such claim in the file takes what its
+    outermost outcome costs, if that fits, and all others share what is left equally. Once it has failed (its id is in
+    `failed`) what it took passes on to the next such claim, and so on: a fixed sequence, which costs no more than its
+    first step. Counts without noise cost nothing.
+    """
+    graded = [claim for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
+    noisy = [claim for claim in graded if not is_exact(task.grade[claim.id])]
+    stepped = [claim.id for claim in noisy if is_share_of_seeds(claim.kind, task.grade[claim.id])]
+    cost = 2.0 ** -len(task.seeds) / 0.05 * 1.0001  # of the 5 %; a hair more, so that the end of an interval clears one half
+    apart = bool(stepped) and cost < 1.0 and len(noisy) > 1
+    rest = (1.0 - cost * apart) / max(len(noisy) - apart, 1)
+    num_open = 1 + next((i for i, name in enumerate(stepped) if name not in failed), len(stepped))
+    takes = stepped[:num_open] if apart else []
+    return {claim.id: 1.0 if claim not in noisy else cost if claim.id in takes else rest for claim in graded}
+
+
+def is_exact(grade) -> bool:
+    """Whether an interval is the value itself: a count in which nothing is random."""
+    return grade.interval is not None and grade.interval.method == "exact"
+
+
+def is_share_of_seeds(kind: str, grade) -> bool:
+    """Whether a claim is about how many seeds show an event."""
+    return kind == "event" and grade.reducer != "time_to_event"
 
 
 @dataclass(frozen=True)
@@ -57,7 +86,7 @@ class Finding:
 def level_of(label: str, found: list[Launch], grade, levels: Levels) -> Finding:
     """The value of one arm."""
     scale = {"log_ratio": "identity", "time_to_event": "log"}.get(grade.reducer, scale_of(grade.estimand))
-    per_seed = [{"seed": launch.seed, "value": launch.value, "censored": launch.censored} for launch in found]
+    per_seed = [_row(launch) for launch in found]
     known = all(launch.trials for launch in found)
     trials = [launch.trials for launch in found] if scale == "logit" and known else None
     values = [launch.value for launch in found]
@@ -86,40 +115,74 @@ def contrast_of(label: str, form: str, first: list[Launch], second: list[Launch]
     )
 
 
-def share_of_seeds(label: str, found: list[Launch], levels: Levels) -> Finding:
-    """The fraction of seeds that show the event, with the exact (Clopper-Pearson) interval."""
-    per_seed = [{"seed": launch.seed, "value": launch.value, "censored": launch.censored} for launch in found]
-    if not found or any(launch.value is None for launch in found):
-        problem = (
-            "a series is shorter than window + hold: no event could have been seen" if found else "no finished run"
-        )
+def share_of_seeds(label: str, found: list[Launch], expect: str, levels: Levels) -> Finding:
+    """The fraction of seeds that show the event, with the exact (Clopper-Pearson) interval.
+
+    A launch of several attempts shows it if most of them do; where the claim is that nothing happens, if any does.
+    """
+    per_seed = [_row(launch) for launch in found]
+    if problem := _without_value(found):
         return Finding(label, None, None, None, "clopper_pearson", len(found), per_seed, problem)
-    shown = stats.clopper_pearson(sum(launch.value > 0 for launch in found), len(found), levels.stated)
-    return Finding(label, shown.estimate, shown[1:3], shown[1:3], "clopper_pearson", len(found), per_seed)
+    most = 0.5 if expect == "collapses" else 0.0
+    num = sum(launch.value > most for launch in found)
+    shown, strict = (stats.clopper_pearson(num, len(found), level) for level in (levels.stated, levels.strict))
+    return Finding(label, shown.estimate, shown[1:3], strict[1:3], "clopper_pearson", len(found), per_seed)
 
 
-def difference_of_shares(label: str, first: list[Launch], second: list[Launch], levels: Levels) -> Finding:
+def difference_of_shares(label: str, first: list[Launch], second: list[Launch], expect: str, levels: Levels) -> Finding:
     """Fraction of seeds with the event, first minus second: the exact intervals of both, combined by square and add
     (Newcombe).
     """
-    a, b = share_of_seeds(label, first, levels), share_of_seeds(label, second, levels)
+    a, b = (share_of_seeds(label, found, expect, levels) for found in (first, second))
     num_seeds, per_seed = min(a.num_seeds, b.num_seeds), a.per_seed + b.per_seed
     if a.problem or b.problem:
         return Finding(label, None, None, None, "newcombe", num_seeds, per_seed, a.problem or b.problem)
-    centre = a.estimate - b.estimate
-    low = centre - math.hypot(a.estimate - a.interval[0], b.interval[1] - b.estimate)
-    high = centre + math.hypot(a.interval[1] - a.estimate, b.estimate - b.interval[0])
-    return Finding(label, centre, (low, high), (low, high), "newcombe", num_seeds, per_seed)
+    ends = [_newcombe(a.estimate, b.estimate, *pair) for pair in ((a.interval, b.interval), (a.strict, b.strict))]
+    return Finding(label, a.estimate - b.estimate, *ends, "newcombe", num_seeds, per_seed)
+
+
+def _newcombe(a: float, b: float, of_a: Ends, of_b: Ends) -> Ends:
+    return a - b - math.hypot(a - of_a[0], of_b[1] - b), a - b + math.hypot(of_a[1] - a, b - of_b[0])
 
 
 def exact(label: str, found: list[Launch]) -> Finding:
     """A count: the interval is the value itself, or spans the values where launches disagree."""
-    values = [launch.value for launch in found if launch.value is not None]
-    per_seed = [{"seed": launch.seed, "value": launch.value, "censored": ""} for launch in found]
-    if len(values) < len(found) or not values:
-        return Finding(label, None, None, None, "exact", len(found), per_seed, "no value in at least one run")
+    per_seed = [_row(launch) for launch in found]
+    if problem := _without_value(found):
+        return Finding(label, None, None, None, "exact", len(found), per_seed, problem)
+    values = [launch.value for launch in found]
     ends = (min(values), max(values))
     return Finding(label, float(np.median(values)), ends, ends, "exact", len(found), per_seed)
+
+
+def share_of_trials(label: str, found: list[Launch], estimand: str, levels: Levels) -> Finding:
+    """A count over problems that are kept or not by chance, or its share: the exact interval (Clopper-Pearson) of all
+    launches' problems together. Problems are sampled independently and differ in their rates, which makes it wide rather
+    than narrow. A count is given per launch.
+    """
+    per_seed = [_row(launch) for launch in found]
+    problem = _without_value(found) or next((f"seed {one.seed}: the number of problems is not recorded" for one in found if not one.trials), "")
+    if problem:
+        return Finding(label, None, None, None, "clopper_pearson", len(found), per_seed, problem)
+    trials = sum(launch.trials for launch in found)
+    unit = trials / len(found) if estimand == "num_kept" else 1.0
+    hits = sum(round(one.value * (1 if estimand == "num_kept" else one.trials)) for one in found)
+    shown, strict = (stats.clopper_pearson(hits, trials, level) for level in (levels.stated, levels.strict))
+    ends = [(unit * interval.lo, unit * interval.hi) for interval in (shown, strict)]
+    return Finding(label, unit * shown.estimate, *ends, "clopper_pearson", len(found), per_seed)
+
+
+def _row(launch: Launch) -> dict:
+    row = {"seed": launch.seed, "value": launch.value, "censored": launch.censored}
+    return row | ({"problem": launch.problem} if launch.problem else {})
+
+
+def _without_value(found: list[Launch]) -> str:
+    """Why launches cannot give an interval: the first that has no finite value, in its own words."""
+    if not found:
+        return "no finished run"
+    bad = next((one for one in found if one.value is None or not math.isfinite(one.value)), None)
+    return "" if bad is None else bad.problem or f"seed {bad.seed} has no value"
 
 
 def within(estimand: str, form: str, arms: list[list[Launch]], level: float) -> stats.Interval | None:
@@ -166,7 +229,7 @@ def _finding(label, columns, scale, trials, per_seed, censored, grade, form, arm
         else [stats.to_scale(c, scale, trials) for c in columns]
     )
     if num_seeds == 0 or on_scale is None or any(column is None for column in on_scale):
-        problem = "no finished run" if num_seeds == 0 else f"a launch has no value that lies on the {scale} scale"
+        problem = "no finished run" if num_seeds == 0 else _off_scale(scale, grade.estimand, arms)
         return Finding(label, None, None, None, method, num_seeds, per_seed, problem, None, scale, censored)
     centre = float(on_scale[0].mean() - (on_scale[1].mean() if len(columns) == 2 else 0.0))
     estimate = stats.from_scale(centre, scale, trials)
@@ -181,12 +244,33 @@ def _finding(label, columns, scale, trials, per_seed, censored, grade, form, arm
             _over_launches(columns, scale, trials, grade.estimand, form, arms, level)
             for level in (levels.stated, levels.strict)
         ]
-        agreed = "no launch saw the event before the horizon" if censored else "no prompt sums were kept to take an interval from"
-        problem = "" if all(found) else f"all launches agree exactly, and {agreed}"
+        problem = "" if all(found) else _agreed(censored, arms, estimate)
     if not all(found):
         return Finding(label, estimate, None, None, method, num_seeds, per_seed, problem, spread, scale, censored)
     ends, strict = ((float(interval.lo), float(interval.hi)) for interval in found)
     return Finding(label, estimate, ends, strict, found[0].method, num_seeds, per_seed, "", spread, scale, censored)
+
+
+def _off_scale(scale: str, estimand: str, arms: list[list[Launch]]) -> str:
+    """Which launch keeps values from the scale, with what it has."""
+    for launch in (one for found in arms for one in found):
+        if problem := _without_value([launch]):
+            return problem
+        if scale == "log" and launch.value == 0:
+            equal = ": log-probs of sampler and trainer are equal" if estimand in ZERO_IF_EQUAL else ""
+            return f"{launch.arm} seed {launch.seed}: {estimand} is exactly 0{equal}; 0 has no logarithm"
+        if scale == "log" and launch.value < 0:
+            return f"{launch.arm} seed {launch.seed}: {estimand} is {launch.value:.4g}, which has no logarithm"
+    return f"a launch has no value that lies on the {scale} scale"
+
+
+def _agreed(censored: str, arms: list[list[Launch]], value: float) -> str:
+    """Why launches that all agree have no interval."""
+    if censored:
+        return "all launches agree exactly, and no launch saw the event before the horizon"
+    kept = all(launch.runs and all(run.summary is not None for run in launch.runs) for found in arms for launch in found)
+    tail = "so do their prompts" if kept else "no prompt sums were kept to take an interval from"
+    return f"all launches agree exactly ({value:.4g}), and {tail}"
 
 
 def _over_launches(columns, scale, trials, estimand, form, arms, level) -> stats.Interval | None:
@@ -229,6 +313,7 @@ def _one_sided(found: list[Launch], side: int) -> list[dict]:
             "values": [launch.value if i == side else None for i in (0, 1)],
             "censored": launch.censored,
         }
+        | ({"problem": launch.problem} if launch.problem else {})
         for launch in found
     ]
 

@@ -11,6 +11,7 @@ from suite import stats
 from suite.grade.contrasts import Levels, contrast_of, level_of, within
 from suite.grade.judge import Evidence, disjoint, ends_text, inside, number, pair, region_text
 from suite.grade.launches import FINISHED, launches, series
+from suite.grade.planned import missing_launches
 from suite.plan import canonical_json, grid_points
 from suite.task import Grade
 
@@ -53,9 +54,15 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
         if not any(run.status in FINISHED for run in runs):
             return row | {"outcome": "not_run", "reason": f"no finished run of {name}"}
     ordered = [arms[name] for name in control.contrast.names]
+    grade = _grade_of(evidence, control, ordered)
+    if infinite := _infinite(evidence, grade, ordered):
+        return row | {"outcome": "broken", "reason": infinite}
     if control.kind not in ON_INTERVALS:
         return row | _by_value(evidence, control, ordered)
-    finding = _finding(evidence, control, ordered)
+    missing = missing_launches(evidence.task, evidence.runs, evidence.other_tasks, evidence.other_runs, grade.model_copy(update={"at": at}))
+    if missing:
+        return row | {"outcome": "inconclusive", "reason": f"missing_launches: {', '.join(missing[:5])}"}
+    finding = _finding(evidence, control, grade, ordered)
     row |= {"estimate": number(finding.estimate), "interval": pair(finding.interval), "num_seeds": finding.num_seeds}
     if finding.interval is None:
         return row | {"outcome": "inconclusive", "reason": finding.problem}
@@ -67,14 +74,31 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
     return row | {"outcome": "inconclusive", "reason": f"{shown} straddles {accept}"}
 
 
+def _grade_of(evidence: Evidence, control, arms: list[list]) -> Grade:
+    """A control as a claim: how its launches come to a value."""
+    drifts = control.kind == "null_drift" and evidence.task.protocol == "rl"
+    return Grade(
+        estimand=control.estimand,
+        contrast=control.contrast,
+        reducer="log_ratio" if drifts else "mean",
+        window=_drift_window(control, arms[0]) if drifts else None,
+    )
+
+
+def _infinite(evidence: Evidence, grade: Grade, arms: list[list]) -> str:
+    """The first launch whose value is infinite: whatever a control accepts, that is not it."""
+    found = (launch for runs in arms for launch in launches(evidence.task.protocol, runs, grade))
+    return next((one.problem for one in found if one.value is not None and math.isinf(one.value)), "")
+
+
 def _by_value(evidence: Evidence, control, arms: list[list]) -> dict:
     """Floor and broken on purpose: plain means over launches, so that a floor of exactly 0 is a value like others."""
     grade = Grade(estimand=control.estimand, contrast=control.contrast)
-    values = [[launch.value for launch in launches(evidence.task.protocol, runs, grade)] for runs in arms]
-    row = {"num_seeds": min(len(column) for column in values)}
-    if any(value is None for column in values for value in column):
-        return row | {"outcome": "inconclusive", "reason": f"a launch has no value of {control.estimand}"}
-    value = _contrast([float(np.mean(column)) for column in values], control.contrast.form)
+    found = [launches(evidence.task.protocol, runs, grade) for runs in arms]
+    row = {"num_seeds": min(len(column) for column in found)}
+    if bare := next((launch for column in found for launch in column if launch.value is None), None):
+        return row | {"outcome": "inconclusive", "reason": bare.problem}
+    value = _contrast([float(np.mean([launch.value for launch in column])) for column in found], control.contrast.form)
     holds = value is not None and inside((value, value), control.accept)
     shown = "0 / 0" if value is None else f"{value:.4g}"
     reason = f"{shown} {'in' if holds else 'outside'} accept {region_text(control.accept)}"
@@ -90,18 +114,11 @@ def _contrast(levels: list[float], form: str) -> float | None:
     return levels[0] / levels[1] if levels[1] else math.inf if levels[0] else None
 
 
-def _finding(evidence: Evidence, control, arms: list[list]):
+def _finding(evidence: Evidence, control, grade: Grade, arms: list[list]):
     """The contrast of a control at 90 %. With one launch on a side, its interval is the one over prompts (offline), or
     over steps (a drift), or takes the spread of the other side's launches (A/A).
     """
-    protocol, form = evidence.task.protocol, control.contrast.form
-    drifts = control.kind == "null_drift" and protocol == "rl"
-    grade = Grade(
-        estimand=control.estimand,
-        contrast=control.contrast,
-        reducer="log_ratio" if drifts else "mean",
-        window=_drift_window(control, arms[0]) if drifts else None,
-    )
+    protocol, form, drifts = evidence.task.protocol, control.contrast.form, grade.reducer == "log_ratio"
     found, levels = [launches(protocol, runs, grade) for runs in arms], Levels(0.90, 0.90)
     if form == "arm":
         finding = level_of(control.name, found[0], grade, levels)

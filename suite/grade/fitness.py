@@ -1,5 +1,6 @@
-"""Whether finished runs are fit to be compared: precision as executed, arms that differ in one factor, and no seed twice
-under other settings. Whatever fails here makes the task INVALID. No torch.
+"""Whether finished runs are fit to be compared: settings and numbers of problems as the task has them, precision as
+executed, arms that differ in one factor and saw the same problems, no run twice under two names. Whatever fails here
+makes the task INVALID. No torch.
 """
 
 from __future__ import annotations
@@ -7,29 +8,40 @@ from __future__ import annotations
 import itertools
 
 from suite.grade.launches import FINISHED
+from suite.grade.planned import not_of_the_task, short_of_plan, unpaired
+from suite.grade.sameness import same_runs
 from suite.plan import PATHS, canonical_json, differing_paths
 from suite.precision import breaches_of
 
 
-def violations(task, runs: list) -> list[tuple[str, str]]:
-    """(arm, sentence) for everything that makes finished runs unfit to compare."""
+def violations(task, runs: list, foreign: bool = False) -> list[tuple[str, str]]:
+    """(arm, sentence) for everything that makes finished runs unfit to compare.
+
+    foreign: rollouts of another framework, whose settings and precision are taken on its word.
+    """
     finished = [run for run in runs if run.status in FINISHED]
-    return (
-        _precision(task.protocol, finished)
+    ours = [] if foreign else finished
+    found = (
+        _precision(task.protocol, ours)
         + _repeated_seeds(finished)
         + _one_factor(task, finished)
         + _control_factors(task, finished)
+        + not_of_the_task(task, ours)
+        + short_of_plan(task, ours)
+        + unpaired(finished)
+        + same_runs(finished)
     )
+    return list(dict.fromkeys(found))
 
 
 def _precision(protocol: str, runs: list) -> list[tuple[str, str]]:
-    """An engine that ran in another dtype than its arm asks for, or that does not say what it ran in. Runs that asked for
-    no precision (a foreign dump, a count of a data set) ran no engine of ours.
+    """An engine that ran in another dtype than its arm asks for, or that does not say what it ran in. A count of a data
+    set asks for no precision.
     """
     found = []
     for run in runs:
-        asked, executed = run.record.get("precision_asked") or {}, run.record.get("precision_executed") or {}
-        if {"rollout", "train"} <= asked.keys():
+        asked, executed = run.record["cell"]["settings"].get("precision"), run.record.get("precision_executed") or {}
+        if asked:
             lines = breaches_of(protocol, asked, executed)
             found += [(run.arm, f"{run.record['cell']['name']}: precision: {line}") for line in lines]
     return found

@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from suite.grade import contrasts
-from suite.grade.contrasts import Finding, Levels
 from suite.errors import TaskError
-from suite.grade.launches import FINISHED, arm_runs, launches, scale_of, skipped_share, unit_of
+from suite.grade.contrasts import Finding, Levels, is_exact, is_share_of_seeds
+from suite.grade.events import skipped_share
+from suite.grade.launches import FINISHED, SHARES_OF_COUNTS, arm_runs, launches, scale_of, unit_of
 
 NOT_REPRODUCED = "not_reproduced_on_this_hardware"
-MOST_SKIPPED = 0.05  # share of skipped steps after warm-up above which a run cannot pass as stable
+MOST_SKIPPED = 0.05  # share of skipped steps after warm-up above which no claim about a run can pass
 Region = tuple[float | None, float | None]
 Compared = tuple[Finding, Region]
 
@@ -28,6 +29,7 @@ class Evidence:
     other_runs: dict
     levels: Levels
     unpinned: tuple[str, ...] = ()  # revisions and hashes that the task file leaves unknown
+    other_tasks: dict = field(default_factory=dict)
 
     def arm(self, name: str, at: dict) -> list:
         return arm_runs(self.task, self.runs, name, at, self.other_runs)
@@ -58,14 +60,24 @@ def findings_of(evidence: Evidence, claim, grade) -> list[Compared]:
     if contrast.form == "order":
         return _in_order(found, grade, levels)
     label = {"arm": "{0}", "ratio": "{0} / {1}", "difference": "{0} - {1}"}[contrast.form].format(*contrast.names)
-    if claim.kind == "count" or (grade.interval and grade.interval.method == "exact"):
+    if is_exact(grade):
         return [(contrasts.exact(label, arms[0]), grade.accept)]
-    if claim.kind == "event" and grade.reducer != "time_to_event":
+    if grade.estimand in SHARES_OF_COUNTS and contrast.form == "arm" and grade.interval and grade.interval.method == "clopper_pearson":
+        return [(contrasts.share_of_trials(label, arms[0], grade.estimand, levels), grade.accept)]
+    if is_share_of_seeds(claim.kind, grade):
         shares = contrasts.share_of_seeds if contrast.form == "arm" else contrasts.difference_of_shares
-        return [(shares(label, *arms, levels), grade.accept)]
+        return [(shares(label, *arms, grade.event.expect, levels), grade.accept)]
     if contrast.form == "arm":
         return [(contrasts.level_of(label, arms[0], grade, levels), grade.accept)]
     return [(contrasts.contrast_of(label, contrast.form, *arms, grade, levels), grade.accept)]
+
+
+def num_pairs(grade) -> int:
+    """Comparisons that a claim makes, any of which fails it."""
+    if grade.contrast.form != "order":
+        return 1
+    num = len(grade.contrast.order)
+    return math.comb(num, 2) if grade.accept else num - 1
 
 
 def order_form(grade) -> str:
@@ -110,7 +122,6 @@ def judge(compared: list[Compared], grade, kind: str) -> Judgement:
 
 
 def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
-    is_exact = finding.method in ("exact", "clopper_pearson", "newcombe")
     shown = f"accept {region_text(region)}"
     if finding.interval is None:
         more = "run at least one more seed" if finding.problem == "one seed" else ""
@@ -122,12 +133,12 @@ def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
             return Judgement("INCONCLUSIVE", f"censored: {finding.problem}", "a longer horizon")
         return Judgement("INCONCLUSIVE", f"no_interval: {finding.problem}", more)
     if disjoint(finding.strict, region):
-        return _judge_outside(finding, region, grade, kind, is_exact)
+        return _judge_outside(finding, region, grade, kind)
     if not inside(finding.interval, region):
         where = "outside" if disjoint(finding.interval, region) else "straddles"
         text = f"{where}: interval {ends_text(finding.interval)}, {shown}"
         if where == "outside":
-            text += f"; with the 5 % split over the task's claims, {ends_text(finding.strict)}, it is not disjoint"
+            text += f"; with the 5 % split over the task's claims and their pairs, {ends_text(finding.strict)}, it is not disjoint"
         return Judgement("INCONCLUSIVE", text, seeds_needed(finding, region))
     if finding.num_seeds < grade.min_seeds:
         text = f"too_few_seeds: {finding.num_seeds} of the {grade.min_seeds} that a PASS needs"
@@ -139,9 +150,9 @@ def _judge_one(finding: Finding, region: Region, grade, kind: str) -> Judgement:
     return Judgement("PASS", f"interval {ends_text(finding.interval)} inside {shown}")
 
 
-def _judge_outside(finding: Finding, region: Region, grade, kind: str, is_exact: bool) -> Judgement:
+def _judge_outside(finding: Finding, region: Region, grade, kind: str) -> Judgement:
     shown = f"interval {ends_text(finding.strict)} disjoint from accept {region_text(region)}"
-    if not is_exact and finding.num_seeds < 2:
+    if finding.method != "exact" and finding.num_seeds < 2:
         return Judgement("INCONCLUSIVE", f"too_few_seeds: {shown}, but a FAIL needs two seeds", "run one more seed")
     low = region[0] is not None and finding.strict[1] < region[0]
     if (finding.censored in ("high", "both") and low) or (finding.censored in ("low", "both") and not low):
@@ -183,11 +194,7 @@ def seeds_needed(finding: Finding, region: Region) -> str:
 
 
 def too_many_skips(evidence: Evidence, grade) -> str:
-    """Why an arm cannot pass as stable although nothing collapsed: it skipped more than 5 % of its steps after
-    warm-up.
-    """
-    if grade.event is None or grade.event.expect != "stable":
-        return ""
+    """Why no claim about a trained arm can pass: one of its launches skipped more than 5 % of its steps after warm-up."""
     runs = [run for name in grade.contrast.names for run in evidence.arm(name, grade.at) if run.status in FINISHED]
     worst = max(runs, key=skipped_share, default=None)
     if worst is None or skipped_share(worst) <= MOST_SKIPPED:
@@ -234,7 +241,7 @@ def claim_row(claim, grade, compared: list[Compared], display: tuple[float, floa
         "display_interval": pair(display),
         "accept": list(region) if region else None,
         "num_seeds": shown.num_seeds,
-        "per_seed": [row | {"value": number(row["value"])} for row in shown.per_seed],
+        "per_seed": [_per_seed(row) for row in shown.per_seed],
         "pairs": [
             {
                 "label": one.label,
@@ -250,6 +257,12 @@ def claim_row(claim, grade, compared: list[Compared], display: tuple[float, floa
         "remark": remark(shown.estimate, band) if band else None,
         "consistent_with_paper": consistent(compared),
     }
+
+
+def _per_seed(row: dict) -> dict:
+    """A launch's row for JSON: what is not finite is null there, and its `problem` says what it is."""
+    values = {"values": [number(value) for value in row["values"]]} if "values" in row else {}
+    return row | {"value": number(row["value"])} | values
 
 
 def event_rule(evidence: Evidence, grade) -> str | None:

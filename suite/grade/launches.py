@@ -5,6 +5,9 @@ same launch again: their mean counts once, so that repeating a run cannot make a
 protocols give sums per prompt, and the value is computed from those; RL and dataset runs give a series, and the
 value is its reducer.
 
+What a launch cannot give a value for says so in `problem`, with the iteration; an infinite value is a value and says
+so too. Neither can carry a PASS.
+
 A mismatch ratio over an RL run takes reducer geo_mean in each arm: the ratio of two geometric means is the geometric
 mean of the per-step ratios. Every iteration then counts alike, whereas a plain mean over a run whose mismatch grows, or
 whose tokens have an outlier, would be the value of a few iterations.
@@ -17,32 +20,42 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from suite import stats
 from suite.errors import TaskError
 from suite.estimands import EVERY_ESTIMAND
+from suite.grade.events import event_time, passage_time, why_no_event, why_not_at_end
 from suite.mismatch import concat_sums, estimates
 
 FINISHED = ("success", "diverged")
 OFFLINE = ("offline_mismatch", "offline_accuracy")
-SKIPS_IN_A_ROW = 10  # that many skipped steps in a row at the smallest loss scale are an event of their own
-SMALLEST_SCALE = 1.0
-WARM_UP_STEPS = 10  # iterations in which a dynamic loss scale may look for its level
 WHOLE_RUN = ("filter",)  # protocols whose values belong to the run as a whole, not to its parts
+# counts of a filter run, or shares of them, each with the number that it is a share of
+SHARES_OF_COUNTS = {"num_kept": "num_problems", "kept_share": "num_problems", "overlap_share": "num_reference"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one run comes to. value: None where there is none, infinite where it overflowed; `problem` then says why.
+    trials: rollouts behind a share, for the logit of 0 and 1. censored: "" | "high" (the truth is at least `value`: the
+    event had not come by the horizon)."""
+
+    value: float | None
+    trials: int | None = None
+    censored: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One seed of one arm at one grid point.
-
-    value: None where the run has nothing to estimate from. trials: rollouts behind a share, for the logit of 0 and 1.
-    censored: "" | "high" (the truth is at least `value`: the event had not come by the horizon).
-    """
+    """One seed of one arm at one grid point: the mean over its attempts, each field as in Value. An attempt without a
+    value leaves the launch without one: leaving it out would be choosing."""
 
     seed: int
     value: float | None
     trials: int | None = None
     censored: str = ""
     runs: tuple = field(default=(), repr=False)
+    problem: str = ""
+    arm: str = ""
 
 
 def scale_of(estimand: str) -> str:
@@ -91,36 +104,56 @@ def launches(protocol: str, runs: list, grade) -> list[Launch]:
 
 def _launch(protocol: str, seed: int, runs: list, grade) -> Launch:
     found = [run_value(protocol, run, grade) for run in runs]
-    values = [value for value, _, _ in found if value is not None]
-    trials = [count for _, count, _ in found if count]
-    censored = "high" if any(mark for _, _, mark in found) else ""
+    values = [one.value for one in found]
+    trials = [one.trials for one in found if one.trials]
+    censored = "high" if any(one.censored for one in found) else ""
+    problems = [f"{run.arm} seed {seed}: {one.problem}" for run, one in zip(runs, found, strict=True) if one.problem]
     tables = tuple(runs) if protocol in OFFLINE else ()  # sums over a whole RL run say nothing about a reducer's window
-    return Launch(seed, float(np.mean(values)) if values else None, min(trials, default=None), censored, tables)
+    value = None if any(one is None for one in values) else float(np.mean(values))
+    return Launch(seed, value, min(trials, default=None), censored, tables, next(iter(problems), ""), runs[0].arm)
 
 
-def run_value(protocol: str, run, grade) -> tuple[float | None, int | None, str]:
-    """(value, trials, censored) of one run: from its prompt sums if it is an offline protocol, else from its
-    series.
-    """
+def run_value(protocol: str, run, grade) -> Value:
+    """The value of one run: from its prompt sums if it is an offline protocol, else from its series."""
     if protocol in OFFLINE and run.summary is not None:
         values = estimates(run.summary)
         if grade.estimand in values:
-            return finite(values[grade.estimand]), _trials(grade.estimand, run.summary), ""
+            return _whole(grade.estimand, values[grade.estimand], _trials(grade.estimand, run.summary))
     if protocol in OFFLINE + WHOLE_RUN:
-        return finite(run.record["series_summary"].get(grade.estimand)), None, ""
+        whole = run.record["series_summary"]
+        return _whole(grade.estimand, whole.get(grade.estimand), whole.get(SHARES_OF_COUNTS.get(grade.estimand)))
     run = up_to(run, grade.until)
     if grade.event is not None or grade.level is not None:
-        time = event_time(run, grade) if grade.event is not None else passage_time(run, grade)
-        if time is None:
-            return None, None, ""
-        if grade.reducer == "time_to_event":
-            when = time.horizon if time.censored else time.step
-            return float(when + 1), None, "high" if time.censored else ""  # iterations done: steps count from 0
-        unseen = time.censored and ended_before(run, grade.until)
-        return None if unseen else float(not time.censored), None, ""
-    if ended_before(run, grade.until):
-        return None, None, ""
-    return reduced(series(run, grade.estimand), grade.reducer, grade.window), _window_trials(run, grade), ""
+        return _time_or_event(run, grade)
+    if problem := why_not_at_end(run, grade.until):
+        return Value(None, problem=problem)
+    value, problem = reduced(series(run, grade.estimand), grade.reducer, grade.window, has_gaps(grade.estimand))
+    return Value(value, _window_trials(run, grade), problem=problem and f"{grade.estimand} {problem}")
+
+
+def _whole(name: str, value, trials) -> Value:
+    """A value of a whole run."""
+    if value is None or math.isnan(value):
+        return Value(None, trials, problem=f"it has no {name}")
+    return Value(float(value), trials, problem="" if math.isfinite(value) else f"{name} is {value}")
+
+
+def _time_or_event(run, grade) -> Value:
+    """Iterations until the event or the level, or whether the event came at all."""
+    time = event_time(run, grade) if grade.event is not None else passage_time(run, grade)
+    if time is None:
+        return Value(None, problem=why_no_event(run, grade))
+    if time.censored and (problem := why_not_at_end(run, grade.until)):
+        return Value(None, problem=problem)
+    if grade.reducer == "time_to_event":
+        when = time.horizon if time.censored else time.step
+        return Value(float(when + 1), censored="high" if time.censored else "")  # iterations done: steps count from 0
+    return Value(float(not time.censored))
+
+
+def has_gaps(estimand: str) -> bool:
+    """Whether an iteration may lack it by right."""
+    return EVERY_ESTIMAND[estimand].gaps
 
 
 def up_to(run, until: int | None):
@@ -130,13 +163,6 @@ def up_to(run, until: int | None):
     diverged_later = run.status == "diverged" and len(run.metrics) > until
     record = run.record | {"status": "success"} if diverged_later else run.record
     return replace(run, metrics=run.metrics[:until], record=record)
-
-
-def ended_before(run, until: int | None) -> bool:
-    """Whether nothing is known about iteration `until`. A run that diverged takes no further step: what it was at its
-    end it would have stayed.
-    """
-    return until is not None and len(run.metrics) < until and run.status != "diverged"
 
 
 def _trials(estimand: str, summary: dict) -> int | None:
@@ -159,102 +185,48 @@ def series(run, name: str) -> np.ndarray:
     return np.array([math.nan if value is None else float(value) for value in values])
 
 
-def reduced(values: np.ndarray, reducer: str, window: int | None) -> float | None:
-    """A series to one number. None where the part it looks at is shorter than its window, or less than half of it is
-    finite.
+def reduced(values: np.ndarray, reducer: str, window: int | None, gaps: bool = False) -> tuple[float | None, str]:
+    """A series to one number, and what is wrong with it ("" if nothing is). No number where the part it looks at is
+    shorter than its window or has an iteration without one; with `gaps`, where more than half of it has none. Where it
+    has an infinite value the number is infinite.
 
     last_k_mean and epoch_mean: mean of the last `window` rows (one full pass for epoch_mean), at the end fixed by
     the schedule. log_ratio: log of the last window's mean over the first one's, a drift within the run; without a
     window each is a quarter of it. auc: trapezoid over rows, divided by their number - 1. mean, median, geo_mean: of
     all rows, or of the last `window`.
     """
+    parts = _parts(len(values), reducer, window)
+    if parts is None:
+        return None, f"has {len(values)} iterations, fewer than its window needs"
+    for part in parts:
+        bad = [i for i in part if not math.isfinite(values[i])]
+        infinite = next((i for i in bad if math.isinf(values[i])), None)
+        if infinite is not None:
+            return float(values[infinite]), f"is {values[infinite]} at iteration {infinite}"
+        if bad and (not gaps or reducer == "auc" or 2 * len(bad) > len(part)):
+            return None, f"has no value at iteration {bad[0]}"
+    return _reduced([values[part][np.isfinite(values[part])] for part in map(list, parts)], reducer)
+
+
+def _parts(num: int, reducer: str, window: int | None) -> list[range] | None:
+    """The stretches of a series of `num` values that a reducer looks at; None where it is too short."""
     if reducer == "log_ratio":
-        window = window or max(1, len(values) // 4)
-    if window is not None and len(values) < window * (2 if reducer == "log_ratio" else 1):
-        return None
+        window = window or max(1, num // 4)
+        return [range(window), range(num - window, num)] if num >= 2 * window else None
+    start = num - window if window else 0
+    return [range(start, num)] if start >= 0 and num >= (2 if reducer == "auc" else 1) else None
+
+
+def _reduced(parts: list[np.ndarray], reducer: str) -> tuple[float | None, str]:
+    kept = parts[-1]
     if reducer == "log_ratio":
-        first, last = (_plain_mean(part) for part in (values[:window], values[-window:]))
-        return math.log(last / first) if first and last and first > 0 and last > 0 else None
-    part = values[-window:] if window is not None else values
-    kept = part[np.isfinite(part)]
-    if kept.size == 0 or 2 * kept.size < part.size:
-        return None
+        first, last = (float(np.mean(part)) for part in parts)
+        return (math.log(last / first), "") if first > 0 and last > 0 else (None, "has no logarithm: a mean is not positive")
     if reducer == "geo_mean":
-        return float(np.exp(np.mean(np.log(kept)))) if (kept > 0).all() else None
+        return (float(np.exp(np.mean(np.log(kept)))), "") if (kept > 0).all() else (None, "has no logarithm: a value is not positive")
     if reducer == "auc":
-        return float(np.trapezoid(kept) / (kept.size - 1)) if kept.size == part.size > 1 else None
-    return float(np.median(kept) if reducer == "median" else np.mean(kept))
-
-
-def _plain_mean(part: np.ndarray) -> float | None:
-    return finite(float(np.mean(part))) if part.size else None
-
-
-def event_time(run, grade) -> stats.EventTime | None:
-    """When the run's event began, censored at its last iteration; None if the series is too short for one to show.
-
-    Four things are an event, whichever comes first: the collapse that the claim describes, a loss that is not finite,
-    ten skipped steps in a row at the smallest loss scale, and a run that diverged.
-    """
-    rows = [row for row in run.metrics if row.get(grade.estimand) is not None]
-    event, horizon = grade.event, int(run.metrics[-1]["step"]) if run.metrics else 0
-    seen = stats.collapse_time(
-        [row["step"] for row in rows],
-        [row[grade.estimand] for row in rows],
-        event.drop,
-        event.window,
-        event.hold,
-        event.relative,
-    )
-    diverged = stats.EventTime(horizon, horizon, "non_finite") if run.status == "diverged" else None
-    found = [
-        time for time in (seen, _broken_loss(run, horizon), _stuck_scaler(run, horizon), diverged) if time is not None
-    ]
-    return min(found, key=lambda time: math.inf if time.censored else time.step, default=None)
-
-
-def passage_time(run, grade) -> stats.EventTime | None:
-    """First iteration whose mean over the last `window` ones is at least grade.level; censored at the last one."""
-    rows = [row for row in run.metrics if row.get(grade.estimand) is not None]
-    values = [row[grade.estimand] for row in rows]
-    return stats.first_passage([row["step"] for row in rows], values, grade.level, grade.window or 1)
-
-
-def _broken_loss(run, horizon: int) -> stats.EventTime | None:
-    """The first iteration with a loss that is nan or infinite. A gradient that overflowed under a loss scale is a
-    skipped step, not this."""
-    broken = (row["step"] for row in run.metrics if row.get("loss") is not None and not math.isfinite(row["loss"]))
-    step = next(broken, None)
-    return None if step is None else stats.EventTime(int(step), horizon, "non_finite")
-
-
-def _stuck_scaler(run, horizon: int) -> stats.EventTime | None:
-    """Optimizer steps skipped one after the other at the smallest scale. An iteration says only how many of its steps
-    were skipped and the scale of its last one, so the first iteration of a row of skips counts once, the others whole.
-    """
-    num_updates, in_a_row, began = updates_per_step(run), 0, 0
-    for row in run.metrics:
-        stuck = (row.get("step_skipped") or 0) >= num_updates and row.get("loss_scale", math.inf) <= SMALLEST_SCALE
-        began = row["step"] if stuck and not in_a_row else began
-        in_a_row = in_a_row + (num_updates if in_a_row else 1) if stuck else 0
-        if in_a_row >= SKIPS_IN_A_ROW:
-            return stats.EventTime(int(began), horizon, "non_finite")
-    return None
-
-
-def updates_per_step(run) -> int:
-    """Optimizer steps in one iteration."""
-    schedule = run.record["cell"]["settings"].get("schedule") or {}
-    return schedule.get("minibatches") or 1
-
-
-def skipped_share(run) -> float:
-    """Share of optimizer steps after warm-up that were skipped; 0 where nothing is recorded."""
-    train, num_updates = run.record["cell"]["settings"].get("train") or {}, updates_per_step(run)
-    warm_up = max(WARM_UP_STEPS, -(-((train.get("optimizer") or {}).get("warmup_steps") or 0) // num_updates))
-    skipped = series(run, "step_skipped")[warm_up:]
-    skipped = skipped[np.isfinite(skipped)]
-    return float(np.mean(skipped)) / num_updates if skipped.size else 0.0
+        return float(np.trapezoid(kept) / (kept.size - 1)), ""
+    return float(np.median(kept) if reducer == "median" else np.mean(kept)), ""
 
 
 def finite(value) -> float | None:

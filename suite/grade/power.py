@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 
 from suite import stats
-from suite.grade.contrasts import Levels
-from suite.grade.judge import Evidence, findings_of, inside, order_form, order_regions
+from suite.grade.contrasts import Levels, is_exact, is_share_of_seeds, shares_of
+from suite.grade.judge import Evidence, findings_of, inside, num_pairs, order_form, order_regions
 from suite.grade.launches import FINISHED, scale_of
 from suite.validate import needed_tasks, unpinned_inputs
 
@@ -41,17 +41,18 @@ def design_power(task, runs: list | None = None) -> dict[str, dict]:
     """
     graded = [claim for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
     pinned = not any(unpinned_inputs(one) for one in (task, *needed_tasks(task)))
+    shares = shares_of(task)
     return {
-        claim.id: _claim_power(task, claim, task.grade[claim.id], len(graded), pinned, runs or []) for claim in graded
+        claim.id: _claim_power(task, claim, task.grade[claim.id], shares[claim.id], pinned, runs or []) for claim in graded
     }
 
 
-def _claim_power(task, claim, grade, num_graded: int, pinned: bool, runs: list) -> dict:
-    levels = Levels.split(grade.interval.level if grade.interval else 0.90, num_graded)
+def _claim_power(task, claim, grade, share: float, pinned: bool, runs: list) -> dict:
+    levels = Levels.of(grade.interval.level if grade.interval else 0.90, share, num_pairs(grade))
     num_seeds = len(task.seeds)
-    if claim.kind == "count" or (grade.interval and grade.interval.method == "exact"):
+    if is_exact(grade):
         row = _row(num_seeds, "identity", 0.0, "exact", None, None, 1.0, 1.0)
-    elif claim.kind == "event" and grade.reducer != "time_to_event":
+    elif is_share_of_seeds(claim.kind, grade):
         row = _event_power(grade, num_seeds, levels)
     else:
         row = _interval_power(task, claim, grade, num_seeds, levels, runs)
@@ -68,7 +69,7 @@ def _event_power(grade, num_seeds: int, levels: Levels) -> dict:
     accept = grade.accept
     right = EVENT_RATE if grade.event.expect == "collapses" else 1 - EVENT_RATE
     passes = stats.p_share_inside(right, num_seeds, accept, levels.stated)
-    fails = stats.p_share_disjoint(1 - right, num_seeds, accept, levels.stated)
+    fails = stats.p_share_disjoint(1 - right, num_seeds, accept, levels.strict)
     return _row(num_seeds, "identity", 0.0, "binomial", right, 1 - right, passes, fails)
 
 
