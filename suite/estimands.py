@@ -179,6 +179,25 @@ DATASET_ESTIMANDS: dict[str, Estimand] = {
 EVERY_ESTIMAND: dict[str, Estimand] = ESTIMANDS | FILTER_ESTIMANDS | DATASET_ESTIMANDS
 
 
+# What a run gives that samples and scores nothing: there is no pi, and so no mismatch. 0.0 would be a measurement.
+SAMPLER_ESTIMANDS: dict[str, Estimand] = {
+    name: ESTIMANDS[name]
+    for name in ("response_tokens_mean", "truncated_share", "reward_mean", "entropy_nats", "num_prompts", "num_rollouts",
+                 "num_response_tokens", "t_sample_s")
+}  # fmt: skip
+# What only training gives.
+TRAINING = (
+    "mismatch_push_positive", "mismatch_push_negative", "bad_update_share_0p5", "bad_update_share_0p2", "eval_reward_mean",
+    "grad_norm", "loss_scale", "step_skipped", "loss", "grad_underflow_share", "grad_scaled_max_abs", "activation_max_abs",
+    "clip_fraction", "importance_weight_mean", "importance_weight_max", "truncated_fraction", "masked_fraction",
+    "sync_probe_k3", "sync_probe_logprob_diff_mean", "t_train_s", "t_sync_s", "t_rest_s",
+)  # fmt: skip
+SCORING_ESTIMANDS = {name: row for name, row in ESTIMANDS.items() if name not in TRAINING}
+_BY_PROTOCOL = {
+    "dataset": DATASET_ESTIMANDS, "filter": FILTER_ESTIMANDS, "offline_accuracy": SAMPLER_ESTIMANDS, "offline_mismatch": SCORING_ESTIMANDS,
+}  # fmt: skip
+
+
 def estimands_of(protocol: str) -> dict[str, Estimand]:
     """What a task of this protocol can name."""
-    return {"dataset": DATASET_ESTIMANDS, "filter": FILTER_ESTIMANDS}.get(protocol, ESTIMANDS)
+    return _BY_PROTOCOL.get(protocol, ESTIMANDS)

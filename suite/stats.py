@@ -236,14 +236,16 @@ def collapse_time(
     `hold` means.
 
     steps, values: (n,), one entry per iteration. With `relative`, `drop` is a share of the peak ("falls by half":
-    0.5). The step is that of the first mean of the held stretch. A non-finite value is an event at its own step,
+    0.5). A fall within the first window is seen too: the mean of the first k < window values is a peak as well, from
+    which a fall must be sqrt(window / k) times as deep, since its noise is that much larger. The step is that of the
+    first mean of the held stretch. A non-finite value is an event at its own step,
     whichever comes first. None where nobody can say: the series is shorter than window + hold, or ends in a fall that
     is not yet held.
     """
     steps, values = _series(steps, values)
     broken = np.flatnonzero(~np.isfinite(values))
     seen = values[: broken[0]] if broken.size else values
-    fallen = _below_peak(window_mean(seen, window), drop, relative)
+    fallen = _below_peak(seen, window, drop, relative)
     held = _first_held(fallen, hold)
     horizon = int(steps[-1]) if steps.size else 0
     if held is not None:
@@ -254,11 +256,16 @@ def collapse_time(
     return None if undecided else EventTime(None, horizon, "censored")
 
 
-def _below_peak(means: np.ndarray, drop: float, relative: bool) -> np.ndarray:
+def _below_peak(values: np.ndarray, window: int, drop: float, relative: bool) -> np.ndarray:
+    """For each window mean, whether it lies more than the drop below an earlier one or below one of the first values."""
+    means = window_mean(values, window)
     if not means.size:
         return np.zeros(0, dtype=bool)
-    peak = np.maximum.accumulate(means)
-    return means < peak - (drop * np.abs(peak) if relative else drop)
+    ks = np.arange(1, window)
+    first = np.cumsum(values[: window - 1]) / ks
+    floors = [means - drop * (np.abs(means) if relative else 1.0)]
+    floors.insert(0, first - np.sqrt(window / ks) * drop * (np.abs(first) if relative else 1.0))
+    return means < np.maximum.accumulate(np.concatenate(floors))[window - 1 :]
 
 
 def _first_held(flags: np.ndarray, hold: int) -> int | None:

@@ -121,13 +121,23 @@ class Tolerance(Strict):
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
 
+class Floor(Strict):
+    """The level that every launch must reach for a claim that nothing happened, or that arms are alike, to say anything:
+    a run that learned nothing never falls, and two such runs agree. derivation: where the number comes from.
+    """
+
+    at_least: float
+    derivation: str
+
+
 class Grade(Strict):
     """How one claim is judged: the estimand of which arms at which grid point, its interval, and the region it must
     lie in.
 
     window: iterations that the reducer looks at, at the end of the series. until: the series is taken up to that
     iteration only (the horizon of the claim); null = to the end of the schedule. level: with reducer time_to_event and
-    no event, the time is the first iteration whose window mean is at least this high.
+    no event, the time is the first iteration whose window mean is at least this high. floor: of an equivalence and of an
+    event that is not to happen; below it the claim is INCONCLUSIVE.
     """
 
     estimand: str
@@ -142,13 +152,27 @@ class Grade(Strict):
     accept: Range | None = None
     remark_band: Range | None = None
     min_seeds: Positive = 1
+    floor: Floor | None = None
     tolerance: Tolerance | None = None
+
+
+class Check(Strict):
+    """What is looked at in the runs of a control: the contrast of an estimand, and what it must lie in. kind: that of the
+    control unless said. window: of a drift, the iterations at each end of the series that are compared.
+    """
+
+    estimand: str
+    contrast: Contrast
+    accept: Range
+    kind: Literal["aa", "floor", "broken", "null_drift"] | None = None
+    reducer: Reducer = "mean"
+    window: Positive | None = None
 
 
 class Control(Strict):
     """A cell whose outcome is known: `like` an arm, with `set` on top. The task is INVALID where it fails.
 
-    window: of a null_drift control in an RL task, the iterations at each end of its series that are compared.
+    also: further checks of the same runs, so that one launch guards several claims.
     """
 
     name: Name
@@ -156,11 +180,23 @@ class Control(Strict):
     like: Name
     set: dict[str, JsonValue] = {}
     seeds: Annotated[tuple[Natural, ...], Field(min_length=1)]
-    at: dict[SettingPath, JsonValue] = {}
+    at: dict[str, JsonValue] = {}
     estimand: str
+    reducer: Reducer = "mean"
     window: Positive | None = None
     contrast: Contrast
     accept: Range
+    also: tuple[Check, ...] = ()
+
+    @property
+    def checks(self) -> list["Control"]:
+        """The control once per check, each with a single one; the further ones are named after what they look at."""
+        further = [
+            self.model_copy(update={"name": f"{self.name}-{check.estimand}", "kind": check.kind or self.kind, "also": (),
+                                    **{name: getattr(check, name) for name in ("estimand", "contrast", "accept", "reducer", "window")}})
+            for check in self.also
+        ]  # fmt: skip
+        return [self.model_copy(update={"also": ()}), *further]
 
 
 class Resources(Strict):

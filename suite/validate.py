@@ -17,6 +17,7 @@ from suite.settings import SECTIONS
 from suite.strict_yaml import TaskErrors
 from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
 from suite.validate_paper import paper_errors
+from suite.validate_controls import guard_errors
 from suite.validate_rl import compare_errors, rl_errors
 from suite.validate_trainer import trainer_errors
 
@@ -55,6 +56,7 @@ def check(task: Task) -> tuple[list[TaskError], list[str]]:
     if task.protocol == "compare":
         errors += compare_errors(task, needed)
     errors += _name_errors(task) + _claim_errors(task, known) + _control_errors(task, known) + _needs_errors(task)
+    errors += guard_errors(task, needed)
     return errors, _warnings(task, needed)
 
 
@@ -319,10 +321,12 @@ def _control_errors(task: Task, known: list[str]) -> list[TaskError]:
             errors.append(TaskError(task.file, f"{key}.like", control.like, f"an arm: {', '.join(task.arms)}"))
         else:
             errors += _aa_errors(task, control, key)
-        errors += _contrast_errors(task, key, control.contrast, known) + _point_errors(task, key, control.at, whole=False)
-        errors += _estimand_errors(task, key, control.estimand)
-        reducer = "log_ratio" if control.kind == "null_drift" and task.protocol == "rl" else "mean"
-        errors += _accept_errors(task, key, control.estimand, control.contrast, control.accept, reducer)
+        errors += _point_errors(task, key, control.at, whole=False)
+        for check in control.checks:
+            key = f"controls.{check.name}"
+            errors += _contrast_errors(task, key, check.contrast, known) + _estimand_errors(task, key, check.estimand)
+            reducer = "log_ratio" if check.kind == "null_drift" and task.protocol == "rl" else check.reducer
+            errors += _accept_errors(task, key, check.estimand, check.contrast, check.accept, reducer)
     return errors
 
 

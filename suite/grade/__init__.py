@@ -26,12 +26,13 @@ from pathlib import Path
 import suite
 from suite.grade.arms import arm_metrics
 from suite.grade.contrasts import Levels, is_exact, shares_of
-from suite.grade.controls import grade_control, unfinished
+from suite.grade.controls import grade_controls, unfinished
 from suite.errors import UserError
 from suite.grade.fitness import violations
 from suite.grade.judge import (
     Evidence,
     Judgement,
+    below_floor,
     claim_row,
     disjoint,
     display_interval,
@@ -91,7 +92,7 @@ def grade_task(task, runs: list, needed: dict[str, Needed] | None = None, foreig
     unpinned = unpinned_inputs(task) + [f"{name}: {path}" for name in needed for path in unpinned_inputs(needed[name].task)]
     tasks = {name: need.task for name, need in needed.items()}
     evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned), tasks)
-    controls = [grade_control(evidence, control) for control in task.controls]
+    controls = grade_controls(evidence)
     for name, need in needed.items():
         controls += _controls_of_needed(name, replace(evidence, task=need.task, runs=others[name]))
     claims: list[dict] = []
@@ -175,7 +176,7 @@ def _grade_claim(
     missing = _nothing_to_judge(evidence, grade)
     judgement = missing or _capped(evidence, grade, judge(compared, grade, claim.kind), controls)
     guards = [control["name"] for control in controls]
-    faults = [line for arm, line in broken if arm in grade.contrast.names or arm in guards]
+    faults = [line for arm, line in broken if arm in grade.contrast.names or any(name == arm or name.startswith(arm + "-") for name in guards)]
     faults += [f"{control['name']}: {control['reason']}" for control in controls if control["outcome"] == "broken"]
     if faults:
         judgement = Judgement(
@@ -227,6 +228,8 @@ def _capped(evidence: Evidence, grade, judgement: Judgement, controls: list[dict
         if evidence.unpinned:
             return _cap(judgement, f"unpinned_input: {', '.join(evidence.unpinned)} unknown", "pin it in the task file")
     if judgement.verdict == "PASS":
+        if below := below_floor(evidence, grade):
+            return _cap(judgement, below, "a run that learns")
         if skips := too_many_skips(evidence, grade):
             return _cap(judgement, skips, "a smaller loss scale or learning rate")
         unsure = [control for control in controls if control["outcome"] != "holds"]
@@ -279,8 +282,7 @@ def _bare_row(claim) -> dict:
 
 def _controls_of_needed(name: str, evidence: Evidence) -> list[dict]:
     """The controls of a needed task: what they say of its runs holds for whoever compares them."""
-    rows = [grade_control(evidence, control) for control in evidence.task.controls]
-    return [row | {"name": f"{name}-{row['name']}"} for row in rows]
+    return [row | {"name": f"{name}-{row['name']}"} for row in grade_controls(evidence)]
 
 
 def _of_version(task, runs: list) -> list:

@@ -165,8 +165,9 @@ def share_of_trials(label: str, found: list[Launch], estimand: str, levels: Leve
     if problem:
         return Finding(label, None, None, None, "clopper_pearson", len(found), per_seed, problem)
     trials = sum(launch.trials for launch in found)
-    unit = trials / len(found) if estimand == "num_kept" else 1.0
-    hits = sum(round(one.value * (1 if estimand == "num_kept" else one.trials)) for one in found)
+    counted = estimand.startswith("num_")
+    unit = trials / len(found) if counted else 1.0
+    hits = sum(round(one.value * (1 if counted else one.trials)) for one in found)
     shown, strict = (stats.clopper_pearson(hits, trials, level) for level in (levels.stated, levels.strict))
     ends = [(unit * interval.lo, unit * interval.hi) for interval in (shown, strict)]
     return Finding(label, unit * shown.estimate, *ends, "clopper_pearson", len(found), per_seed)

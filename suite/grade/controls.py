@@ -18,6 +18,11 @@ from suite.task import Grade
 ON_INTERVALS = ("aa", "null_drift")
 
 
+def grade_controls(evidence: Evidence) -> list[dict]:
+    """One row per check of every control of the evidence's task."""
+    return [grade_control(evidence, check) for control in evidence.task.controls for check in control.checks]
+
+
 def grade_control(evidence: Evidence, control) -> dict:
     """One control at each of its grid points; the worst point decides.
 
@@ -80,8 +85,8 @@ def _grade_of(evidence: Evidence, control, arms: list[list]) -> Grade:
     return Grade(
         estimand=control.estimand,
         contrast=control.contrast,
-        reducer="log_ratio" if drifts else "mean",
-        window=_drift_window(control, arms[0]) if drifts else None,
+        reducer="log_ratio" if drifts else control.reducer,
+        window=_drift_window(control, arms[0]) if drifts else control.window,
     )
 
 

@@ -193,6 +193,21 @@ def seeds_needed(finding: Finding, region: Region) -> str:
     )
 
 
+def below_floor(evidence: Evidence, grade) -> str:
+    """Why a claim that nothing happened, or that arms are alike, says nothing: the first launch whose level does not reach
+    the floor. Its level is its value; of an event, the mean over the event's window at the end.
+    """
+    if grade.floor is None:
+        return ""
+    level = grade.model_copy(update={"event": None, "reducer": "last_k_mean", "window": grade.event.window}) if grade.event else grade
+    for name in grade.contrast.names:
+        for launch in launches(evidence.task.protocol, evidence.arm(name, grade.at), level):
+            if launch.value is None or not launch.value >= grade.floor.at_least:
+                shown = launch.problem or f"{launch.arm} seed {launch.seed} ends at {launch.value:.4g}"
+                return f"below_floor: {shown}, a floor of {grade.floor.at_least:g} shows that it learned"
+    return ""
+
+
 def too_many_skips(evidence: Evidence, grade) -> str:
     """Why no claim about a trained arm can pass: one of its launches skipped more than 5 % of its steps after warm-up."""
     runs = [run for name in grade.contrast.names for run in evidence.arm(name, grade.at) if run.status in FINISHED]

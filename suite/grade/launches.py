@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from suite.errors import TaskError
-from suite.estimands import EVERY_ESTIMAND
+from suite.estimands import EVERY_ESTIMAND, estimands_of
 from suite.grade.events import event_time, passage_time, why_no_event, why_not_at_end
 from suite.mismatch import concat_sums, estimates
 
@@ -29,7 +29,9 @@ FINISHED = ("success", "diverged")
 OFFLINE = ("offline_mismatch", "offline_accuracy")
 WHOLE_RUN = ("filter",)  # protocols whose values belong to the run as a whole, not to its parts
 # counts of a filter run, or shares of them, each with the number that it is a share of
-SHARES_OF_COUNTS = {"num_kept": "num_problems", "kept_share": "num_problems", "overlap_share": "num_reference"}
+SHARES_OF_COUNTS = {
+    "num_kept": "num_problems", "kept_share": "num_problems", "num_overlap": "num_reference", "overlap_share": "num_reference",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def _launch(protocol: str, seed: int, runs: list, grade) -> Launch:
 
 def run_value(protocol: str, run, grade) -> Value:
     """The value of one run: from its prompt sums if it is an offline protocol, else from its series."""
+    if grade.estimand not in estimands_of(protocol):  # sums of a run without a trainer say 0 where they mean nothing
+        return Value(None, problem=f"a run of {protocol} has no {grade.estimand}")
     if protocol in OFFLINE and run.summary is not None:
         values = estimates(run.summary)
         if grade.estimand in values:
