@@ -122,9 +122,8 @@ def test_a_reference_that_is_not_here_is_said_and_counts_nothing(tmp_path, cell)
 def test_counts_of_a_filter_are_graded_from_the_run_as_a_whole(tmp_path):
     """Not from its parts, of which there are several."""
     task = load_task(find_repo() / "tasks" / "desk" / "desk-sanity-filter.yaml")
-    cell = plan(task)[0]
-    data = cell.settings["data"] | {"num_prompts": len(SOLVED), "reference": None}
-    run, _ = run_filter(tmp_path, replace(cell, settings=cell.settings | {"data": data}))
+    task = task.model_copy(update={"data": task.data.model_copy(update={"num_prompts": len(SOLVED), "reference": None})})
+    run, _ = run_filter(tmp_path, plan(task)[0])
     rows = {row["id"]: row for row in grade_task(task, [run])["claims"]}
     assert rows["C5-kept"]["estimate"] == 3 and rows["C5-accuracy"]["estimate"] == pytest.approx(0.5)
     assert rows["C5-overlap"]["estimate"] is None and rows["C5-overlap"]["verdict"] == "INCONCLUSIVE"
