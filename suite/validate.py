@@ -56,7 +56,7 @@ def check(task: Task) -> tuple[list[TaskError], list[str]]:
     if task.protocol == "compare":
         errors += compare_errors(task, needed)
     errors += _name_errors(task) + _claim_errors(task, known) + _control_errors(task, known) + _needs_errors(task)
-    errors += guard_errors(task, needed)
+    errors += [] if errors else guard_errors(task, needed)  # of a task that says what it means
     return errors, _warnings(task, needed)
 
 
