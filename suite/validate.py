@@ -17,7 +17,7 @@ from suite.settings import SECTIONS
 from suite.strict_yaml import TaskErrors
 from suite.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
 from suite.validate_paper import paper_errors
-from suite.validate_controls import guard_errors
+from suite.validate_controls import guard_errors, unguarded
 from suite.validate_rl import compare_errors, rl_errors
 from suite.validate_trainer import trainer_errors
 
@@ -56,7 +56,7 @@ def check(task: Task) -> tuple[list[TaskError], list[str]]:
     if task.protocol == "compare":
         errors += compare_errors(task, needed)
     errors += _name_errors(task) + _claim_errors(task, known) + _control_errors(task, known) + _needs_errors(task)
-    errors += [] if errors else guard_errors(task, needed)  # of a task that says what it means
+    errors += [] if errors else guard_errors(task)  # of a task that says what it means
     return errors, _warnings(task, needed)
 
 
@@ -380,6 +380,7 @@ def _warnings(task: Task, needed: list[Task]) -> list[str]:
         f"{task.file}: {path}: unknown; verdicts are capped at INCONCLUSIVE until it is pinned"
         for path in [*unpinned_inputs(task), *(f"{need.id}: {p}" for need in needed for p in unpinned_inputs(need))]
     ]
+    warnings += [f"{task.file}: {line}" for line in unguarded(task, needed)]
     for name, grade in task.grade.items():
         key, seeds = f"{task.file}: grade.{name}", len(task.seeds)
         exact = grade.interval is not None and grade.interval.method == "exact"  # its interval is the value itself

@@ -10,22 +10,26 @@ from suite.errors import TaskError
 from suite.task import Control, Grade, Task
 
 
-def guard_errors(task: Task, needed: list[Task]) -> list[TaskError]:
-    """Graded claims without a control on their estimand at their grid point, claims that need a floor and have none, and
-    A/A controls that hold whatever happens. A count in which nothing is random needs no control.
-    """
-    errors = []
-    for claim in task.claims:
-        grade = task.grade.get(claim.id)
-        if claim.kind == "report" or grade is None or grade.interval is None:
-            continue
-        key = f"grade.{claim.id}"
-        if grade.interval.method != "exact" and not any(guards(control, grade) for one in _owners(task, grade, needed) for control in one.controls):
-            errors.append(TaskError(task.file, "controls", f"none that guards {claim.id}", f"one on {grade.estimand}{_where(grade)}"))
-        if needs_floor(claim.kind, grade) and grade.floor is None:
-            allowed = "the level that shows that a run learned: {at_least: ..., derivation: ...}"
-            errors.append(TaskError(task.file, f"{key}.floor", "nothing", allowed, "two runs that learned nothing agree, and never fall"))
+def guard_errors(task: Task) -> list[TaskError]:
+    """Claims that need a floor and have none, and A/A controls that hold whatever happens."""
+    claims = [(claim, task.grade[claim.id]) for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
+    allowed, why = "the level that shows that a run learned: {at_least: ..., derivation: ...}", "two runs that learned nothing agree, and never fall"
+    bare = [claim.id for claim, grade in claims if needs_floor(claim.kind, grade) and grade.floor is None]
+    errors = [TaskError(task.file, f"grade.{name}.floor", "nothing", allowed, why) for name in bare]
     return errors + [error for control in task.controls for check in control.checks for error in _too_wide(task, check)]
+
+
+def unguarded(task: Task, needed: list[Task]) -> list[str]:
+    """Graded claims without a control on their estimand at their grid point, one sentence each. A count in which nothing is
+    random needs none; a comparison has those of the tasks whose arms it names.
+    """
+    claims = [(claim.id, task.grade[claim.id]) for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
+    return [
+        f"no control guards {name}: add one on {grade.estimand}{_where(grade)}"
+        for name, grade in claims
+        if not (grade.interval and grade.interval.method == "exact")
+        and not any(guards(control, grade) for one in _owners(task, grade, needed) for control in one.controls)
+    ]
 
 
 def guards(control: Control, grade: Grade) -> bool:

@@ -200,7 +200,7 @@ def jittered(values: np.ndarray, seed: int, offset: float = 0.004) -> np.ndarray
     """
     rng = np.random.default_rng(seed)
     late = int(rng.integers(0, 8))
-    return np.concatenate([values[:1].repeat(late), values])[: len(values)] + offset * rng.standard_normal()
+    return np.clip(np.concatenate([values[:1].repeat(late), values])[: len(values)] + offset * rng.standard_normal(), 0.002, 0.998)
 
 
 def only(verdict: dict) -> dict:

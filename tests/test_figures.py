@@ -31,7 +31,7 @@ def rl_runs(task, arms=("bf16", "fp16"), seeds=(0, 1)):
     return [
         series_run(task, arm, seed, ramp + 0.01 * seed, k3_nats_per_token=np.full(STEPS, 1e-4 if arm == "bf16" else 1e-6),
                    prob_diff_mean=np.full(STEPS, 1e-3), prob_diff_max=np.full(STEPS, 0.3), prob_diff_min=np.full(STEPS, -0.2),
-                   grad_norm=np.ones(STEPS))
+                   grad_norm=np.ones(STEPS), cut=True)
         for arm in arms for seed in seeds
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from suite.grade.contrasts import Levels, share_of_trials, shares_of
 from suite.grade.judge import num_pairs
 from suite.grade.launches import Launch
 from suite.task import load_all
-from suite.validate_controls import guard_errors, margin_of
+from suite.validate_controls import guard_errors, margin_of, unguarded
 
 FLOOR = "floor: {at_least: 0.7, derivation: test}"
 NOISE = np.array([0.01, -0.01, 0.0, 0.005, -0.005])
@@ -167,16 +167,21 @@ def test_columns_that_are_equal_are_called_that(tmp_path):
 
 def test_every_graded_claim_of_the_checkout_has_a_control_and_a_floor_where_it_needs_one(tasks):
     for task in tasks.values():
-        assert guard_errors(task, [tasks[name] for name in task.needs]) == []
+        assert guard_errors(task) == [] and unguarded(task, [tasks[name] for name in task.needs]) == [], task.id
 
 
 @pytest.mark.parametrize(("rest", "key", "found"), [
-    (RATIO, "controls", "none that guards C1-x"),
     (RATIO + AA.replace("[0.5, 2.0]", "[0.3, 3.0]"), "controls.control-aa-k3_nats_per_token.accept", [0.3, 3.0]),
     (claim("event", event_grade("fp16", "stable")), "grade.C1-x.floor", "nothing"),
 ])  # fmt: skip
-def test_a_claim_without_a_guard_or_a_floor_and_a_control_that_cannot_fail_are_refused(tmp_path, rest, key, found):
-    assert (key, found) in [(error.key, error.found) for error in guard_errors(task_of(tmp_path, RL, rest), [])]
+def test_a_claim_without_a_floor_and_a_control_that_cannot_fail_are_refused(tmp_path, rest, key, found):
+    assert (key, found) in [(error.key, error.found) for error in guard_errors(task_of(tmp_path, RL, rest))]
+
+
+def test_a_claim_without_a_guard_is_named_with_what_it_needs(tmp_path):
+    aa = AA.split(", also: ")[0] + "}\n"
+    for rest, said in ((RATIO, ["no control guards C1-x: add one on k3_nats_per_token"]), (RATIO + aa, ["no control guards C1-x: add one on k3_nats_per_token"]), (RATIO + AA, [])):
+        assert unguarded(task_of(tmp_path, RL, rest), []) == said
 
 
 def test_the_margin_of_a_claim_is_half_its_region():

@@ -101,12 +101,13 @@ def test_several_true_claims_together_fail_a_task_at_most_as_often_as_one(tmp_pa
         claims
         + "grade:\n"
         + "".join(f"  C1-{i}: {{{one.replace('entropy_nats', name)}}}\n" for i, name in enumerate(names)),
+        steps=1,
     )
 
     def make(rng):
         return [
             run_of(
-                task, "bf16", seed, metrics=[{"step": 1, **{n: math.exp(0.2 * rng.standard_normal()) for n in names}}]
+                task, "bf16", seed, metrics=[{"step": 0, **{n: math.exp(0.2 * rng.standard_normal()) for n in names}}]
             )
             for seed in (0, 1, 2)
         ]
@@ -116,7 +117,7 @@ def test_several_true_claims_together_fail_a_task_at_most_as_often_as_one(tmp_pa
 
 def test_events_pass_and_fail_at_most_as_often_as_stated_when_half_of_all_seeds_collapse(tmp_path):
     grade = event_grade("bf16", "collapses", hold=2, window=2)
-    task = task_of(tmp_path, RL, claim("event", grade), seeds=range(5))
+    task = task_of(tmp_path, RL, claim("event", grade), seeds=range(5), steps=8)
     falls, stays = [0.5, 0.7, 0.8, 0.8, 0.5, 0.4, 0.4, 0.4], [0.5, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]
     cached = {
         (seed, fell): series_run(task, "bf16", seed, falls if fell else stays)
@@ -141,11 +142,11 @@ def test_events_pass_and_fail_at_most_as_often_as_stated_when_half_of_all_seeds_
 
 def test_an_equivalence_at_its_margin_passes_at_most_five_percent(tmp_path):
     grade = block("reward_mean", "difference: [bf16, fp16]", "[-0.03, 0.03]")
-    task = task_of(tmp_path, RL, claim("equivalence", grade), seeds=range(5))
+    task = task_of(tmp_path, RL, claim("equivalence", grade), seeds=range(5), steps=1)
 
     def make(gap):
         return lambda rng: [
-            run_of(task, arm, seed, metrics=[{"step": 1, "reward_mean": 0.5 + shift + 0.01 * rng.standard_normal()}])
+            run_of(task, arm, seed, metrics=[{"step": 0, "reward_mean": 0.5 + shift + 0.01 * rng.standard_normal()}])
             for arm, shift in (("bf16", gap), ("fp16", 0.0))
             for seed in range(5)
         ]
@@ -156,7 +157,7 @@ def test_an_equivalence_at_its_margin_passes_at_most_five_percent(tmp_path):
 
 def test_an_order_of_arms_without_any_difference_never_passes(tmp_path):
     grade = block("k3_nats_per_token", "order: [t-fp16, t-bf16], margin: 0.10", more="min_seeds: 3")
-    need = task_of(tmp_path, RL, claim("report", "estimand: reward_mean, contrast: {arm: bf16}"), name="t")
+    need = task_of(tmp_path, RL, claim("report", "estimand: reward_mean, contrast: {arm: bf16}"), name="t", steps=1)
     task = task_of(tmp_path, COMPARE, claim("ordering", grade), name="c", needs=["t"])
 
     def share(ratio, seed):
@@ -167,7 +168,7 @@ def test_an_order_of_arms_without_any_difference_never_passes(tmp_path):
                     need,
                     arm,
                     s,
-                    metrics=[{"step": 1, "k3_nats_per_token": level * math.exp(0.03 * rng.standard_normal())}],
+                    metrics=[{"step": 0, "k3_nats_per_token": level * math.exp(0.03 * rng.standard_normal())}],
                 )
                 for arm, level in (("fp16", 1.0), ("bf16", ratio))
                 for s in range(3)
