@@ -187,7 +187,7 @@ SAMPLER_ESTIMANDS: dict[str, Estimand] = {
 }  # fmt: skip
 # What only training gives.
 TRAINING = (
-    "mismatch_push_positive", "mismatch_push_negative", "bad_update_share_0p5", "bad_update_share_0p2", "eval_reward_mean",
+    "learning_rate", "mismatch_push_positive", "mismatch_push_negative", "bad_update_share_0p5", "bad_update_share_0p2", "eval_reward_mean",
     "grad_norm", "loss_scale", "step_skipped", "loss", "grad_underflow_share", "grad_scaled_max_abs", "activation_max_abs",
     "clip_fraction", "importance_weight_mean", "importance_weight_max", "truncated_fraction", "masked_fraction",
     "sync_probe_k3", "sync_probe_logprob_diff_mean", "t_train_s", "t_sync_s", "t_rest_s",
