@@ -17,7 +17,8 @@ from suite.precision import breaches_of
 def violations(task, runs: list, foreign: bool = False) -> list[tuple[str, str]]:
     """(arm, sentence) for everything that makes finished runs unfit to compare.
 
-    foreign: rollouts of another framework, whose settings and precision are taken on its word.
+    foreign: rollouts of another framework, whose settings and precision are taken on its word; the reader of its files looks
+    at problems and samples.
     """
     finished = [run for run in runs if run.status in FINISHED]
     ours = [] if foreign else finished
@@ -28,7 +29,7 @@ def violations(task, runs: list, foreign: bool = False) -> list[tuple[str, str]]
         + _control_factors(task, finished)
         + not_of_the_task(task, ours)
         + short_of_plan(task, ours)
-        + unpaired(finished)
+        + unpaired(ours)
         + same_runs(finished)
     )
     return list(dict.fromkeys(found))
