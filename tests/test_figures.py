@@ -53,6 +53,9 @@ def test_an_rl_figure_has_reward_mismatch_on_log_axes_largest_differences_and_th
 def test_several_arms_of_one_precision_have_colours_of_their_own():
     styles = plots_rl.styles_of(["bf16", "fp16", "fp16-a", "fp16-b", "fp16-c"])
     assert len({style["color"] for style in styles.values()}) == 5
+    dosed = plots_rl.styles_of(["fp32", "fp32-m1", "fp32-m1-tis"])
+    assert len({style["color"].lower() for style in dosed.values()}) == 3
+    assert dosed["fp32"]["linestyle"] != dosed["fp32-m1"]["linestyle"]
     assert plots_rl.styles_of(["fp16", "fp16-unscaled"])["fp16-unscaled"]["color"] == plots_rl.styles_of(["fp16"])["fp16"]["color"]
 
 

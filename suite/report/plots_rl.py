@@ -76,8 +76,10 @@ def styles_of(arms: list[str]) -> dict[str, dict]:
     styles = {}
     for precision in dict.fromkeys(arm.split("-")[0] for arm in arms):
         named = [arm for arm in arms if arm.startswith(f"{precision}-")]
-        own = [colour(precision)] if len(named) == 1 else itertools.cycle(MORE_COLOURS)
-        styles |= {arm: {"color": its, "linestyle": "--"} for arm, its in zip(named, own)}
+        others = [one for one in MORE_COLOURS if one.lower() != colour(precision).lower()]
+        own = [colour(precision)] if len(named) == 1 else itertools.cycle(others)
+        dashes = "-" if len(named) > 1 and LINE_STYLES.get(precision) == "--" else "--"  # unlike the precision itself
+        styles |= {arm: {"color": its, "linestyle": dashes} for arm, its in zip(named, own)}
         styles[precision] = {"color": colour(precision), "linestyle": LINE_STYLES.get(precision, "-")}
     return styles
 
