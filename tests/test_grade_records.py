@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from fakes import OFFLINE, RL, block, claim, event_grade, offline_run, only, prompt_table, run_of, series_run, task_of
+from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, offline_run, only, prompt_table, run_of, series_run, task_of
 
-from suite.grade import grade_task
+from suite.grade import Needed, grade_task
 
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8}
 RATIO = block("k3_nats_per_token", "ratio: [bf16, fp16]", "[16, 128]", "min_seeds: 3")
@@ -201,3 +201,35 @@ def test_an_attempt_without_a_value_leaves_its_launch_without_one(five):
     row = only(grade_task(five, [*launches(five), again]))
     assert row["verdict"] == "INCONCLUSIVE" and row["reason"] == "no_interval: fp16 seed 3: k3_nats_per_token is inf"
     assert row["per_seed"][3]["values"][1] is None, "JSON has no infinity"
+
+
+# --- across tasks ---------------------------------------------------------------------------------------------------
+
+
+def two_tasks(tmp_path, rows_of):
+    """A comparison of two tasks with a control each, whose metrics are `rows_of(task name, arm, seed)`."""
+    report = claim("report", "estimand: reward_mean, contrast: {arm: bf16}", name="C1-report")
+    lr_0 = ("controls:\n  - {name: control-lr-0, kind: null_drift, like: bf16, set: {train: {optimizer: {lr: 0.0}}}, seeds: [7], window: 4,\n"
+            "     estimand: reward_mean, contrast: {arm: control-lr-0}, accept: [-0.7, 0.7]}\n")  # fmt: skip
+    needed = {}
+    for name in ("one", "two"):
+        task = task_of(tmp_path, RL, report + lr_0, name=name, steps=8)
+        cells = [("bf16", s) for s in range(3)] + [("fp16", s) for s in range(3)] + [("control-lr-0", 7)]
+        needed[name] = Needed(task, [run_of(task, arm, s, metrics=rows_of(name, arm, s)) for arm, s in cells])
+    grade = block("reward_mean", "difference: [one-bf16, two-bf16]", "[-0.5, 0.5]")
+    return grade_task(task_of(tmp_path, COMPARE, claim("threshold", grade), name="both", needs=["one", "two"]), [], needed)
+
+
+def number_of(arm, seed):
+    return 10 * ["bf16", "fp16", "control-lr-0"].index(arm) + seed
+
+
+def test_two_algorithms_may_take_the_same_steps_but_a_control_that_is_the_same_run_says_so(tmp_path):
+    verdict = two_tasks(tmp_path, lambda name, arm, seed: rl_rows(number_of(arm, seed)))
+    assert only(verdict)["verdict"] != "INVALID"
+    assert [("the same run as one-control-lr-0" in row["reason"]) for row in verdict["controls"]] == [False, True]
+
+
+def test_the_same_run_under_another_seed_of_another_task_is_found(tmp_path):
+    verdict = two_tasks(tmp_path, lambda name, arm, seed: rl_rows(number_of(arm, (seed + (name == "two")) % 3 if arm != "control-lr-0" else seed)))
+    assert only(verdict)["verdict"] == "INVALID" and "one and the same run" in only(verdict)["reason"]

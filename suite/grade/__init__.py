@@ -25,7 +25,7 @@ from pathlib import Path
 
 import suite
 from suite.grade.arms import arm_metrics
-from suite.grade.contrasts import Levels, is_exact, shares_of
+from suite.grade.contrasts import Levels, in_sequence, shares_of
 from suite.grade.controls import grade_controls, unfinished
 from suite.errors import UserError
 from suite.grade.fitness import violations
@@ -45,7 +45,7 @@ from suite.grade.judge import (
 )
 from suite.grade.launches import FINISHED, need_of
 from suite.grade.planned import missing_launches, split_by_plan
-from suite.grade.sameness import same_runs
+from suite.grade.sameness import name_across, same_runs, twins
 from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.plan import canonical_json
 from suite.record import write_json
@@ -87,17 +87,19 @@ def grade_task(task, runs: list, needed: dict[str, Needed] | None = None, foreig
     broken = violations(task, runs, foreign) + [
         (f"{name}-{arm}", f"{name}: {line}") for name in others for arm, line in violations(needed[name].task, others[name])
     ]
-    arms_of_others = [run for found in others.values() for run in found if not run.is_control]
-    broken += same_runs(arms_of_others, lambda run: f"{run.record['task']['id']}-{run.arm}")
+    from_others = [run for found in others.values() for run in found]
+    broken += same_runs(from_others, name_across, across_seeds_only=True)
     unpinned = unpinned_inputs(task) + [f"{name}: {path}" for name in needed for path in unpinned_inputs(needed[name].task)]
     tasks = {name: need.task for name, need in needed.items()}
     evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned), tasks)
     controls = grade_controls(evidence)
     for name, need in needed.items():
         controls += _controls_of_needed(name, replace(evidence, task=need.task, runs=others[name]))
-    claims: list[dict] = []
-    for claim in task.claims:
-        claims.append(_grade_claim(evidence, claim, controls, broken, tuple(row["id"] for row in claims if _excluded(row))))
+    controls = _said_once(controls, twins([run for run in from_others if run.is_control]))
+    rows: dict[str, dict] = {}
+    for claim in in_sequence(task):
+        rows[claim.id] = _grade_claim(evidence, claim, controls, broken, tuple(name for name, row in rows.items() if _excluded(row)))
+    claims = [rows[claim.id] for claim in task.claims]
     verdict, reason = _of_task([row for row in claims if row["kind"] != "report"], controls, everything, len(strangers))
     environment = everything[0].record.get("environment") or {} if everything else {}
     return {
@@ -283,6 +285,13 @@ def _bare_row(claim) -> dict:
 def _controls_of_needed(name: str, evidence: Evidence) -> list[dict]:
     """The controls of a needed task: what they say of its runs holds for whoever compares them."""
     return [row | {"name": f"{name}-{row['name']}"} for row in grade_controls(evidence)]
+
+
+def _said_once(controls: list[dict], same: dict[str, str]) -> list[dict]:
+    """A control whose run is that of another task's, as where nothing moves, is no second witness, and says so."""
+    return [
+        row | {"reason": f"{row['reason']} (the same run as {same[row['name']]})"} if row["name"] in same else row for row in controls
+    ]
 
 
 def _of_version(task, runs: list) -> list:

@@ -40,20 +40,26 @@ def shares_of(task, failed: tuple[str, ...] = ()) -> dict[str, float]:
     """claim id -> the share of the task's 5 % that it may use for FAIL; together they are at most 1.
 
     With few seeds the interval of a share of seeds has steps: five launches that all say no are an error of 1/32 if the
-    truth is one half, and an equal split could never exclude anything. The first such claim in the file takes what its
-    outermost outcome costs, if that fits, and all others share what is left equally. Once it has failed (its id is in
-    `failed`) what it took passes on to the next such claim, and so on: a fixed sequence, which costs no more than its
-    first step. Counts without noise cost nothing.
+    truth is one half, and an equal split could never exclude anything. The first such claim (collapses before
+    stable, then as in the file) takes what its outermost outcome costs, if that fits, and all others share what is left
+    equally. Once it has failed (its id is in `failed`) what it took passes on to the next such claim, and so on: a fixed
+    sequence, which costs no more than its first step. Counts without noise cost nothing.
     """
     graded = [claim for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
     noisy = [claim for claim in graded if not is_exact(task.grade[claim.id])]
-    stepped = [claim.id for claim in noisy if is_share_of_seeds(claim.kind, task.grade[claim.id])]
+    stepped = [claim.id for claim in in_sequence(task) if claim in noisy and is_share_of_seeds(claim.kind, task.grade[claim.id])]
     cost = 2.0 ** -len(task.seeds) / 0.05 * 1.0001  # of the 5 %; a hair more, so that the end of an interval clears one half
     apart = bool(stepped) and cost < 1.0 and len(noisy) > 1
     rest = (1.0 - cost * apart) / max(len(noisy) - apart, 1)
     num_open = 1 + next((i for i, name in enumerate(stepped) if name not in failed), len(stepped))
     takes = stepped[:num_open] if apart else []
     return {claim.id: 1.0 if claim not in noisy else cost if claim.id in takes else rest for claim in graded}
+
+
+def in_sequence(task) -> list:
+    """The claims in the order in which they are graded: those that something is stable after all others."""
+    events = {name: grade.event for name, grade in task.grade.items() if grade.event is not None}
+    return sorted(task.claims, key=lambda claim: claim.id in events and events[claim.id].expect == "stable")
 
 
 def is_exact(grade) -> bool:

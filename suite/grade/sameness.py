@@ -22,8 +22,12 @@ OF_STEP = ("grad_norm", "loss", "loss_scale", "reward_mean")
 SAMPLER, BOTH, PROBLEMS = "iterations of the sampler", "iterations", "problems"
 
 
-def same_runs(runs: list, label=lambda run: run.arm) -> list[tuple[str, str]]:
-    """(label, sentence) for both of every two cells whose finished runs are one."""
+def same_runs(runs: list, label=lambda run: run.arm, across_seeds_only: bool = False) -> list[tuple[str, str]]:
+    """(label, sentence) for both of every two cells whose finished runs are one.
+
+    across_seeds_only: for cells of several tasks. At one seed two algorithms may well take the same steps, as with a mask
+    that never masks anything.
+    """
     marked = [(run, marks(run)) for run in _one_per_cell(runs) if is_random(run)]
     holders: dict[tuple, list[int]] = {}
     for index, (_, mine) in enumerate(marked):
@@ -34,11 +38,26 @@ def same_runs(runs: list, label=lambda run: run.arm) -> list[tuple[str, str]]:
     for (a, b, kind), num in shared.items():
         (one, mine), (other, theirs) = marked[a], marked[b]
         size = min(sum(mark[0] == kind for mark in part) for part in (mine, theirs))
-        if num >= SHARED * size and (one.seed != other.seed or kind != SAMPLER):
+        if num >= SHARED * size and (one.seed != other.seed or not (across_seeds_only or kind == SAMPLER)):
             names = [f"{label(run)} seed {run.seed}" for run in (one, other)]
             line = f"{names[0]} and {names[1]} are one and the same run: {num} of {size} {kind} agree to the last bit"
             lines += [(label(one), line), (label(other), line)]
     return list(dict.fromkeys(lines))
+
+
+def name_across(run) -> str:
+    """`<task>-<arm>`, as a comparison calls it."""
+    return f"{run.record['task']['id']}-{run.arm}"
+
+
+def twins(runs: list) -> dict[str, str]:
+    """`<task>-<arm>` -> the first one whose runs are the same in all they are recognised by."""
+    first, found = {}, {}
+    for run in _one_per_cell(runs):
+        its = frozenset(marks(run))
+        if its and first.setdefault(its, name_across(run)) != name_across(run):
+            found[name_across(run)] = first[its]
+    return found
 
 
 def is_random(run) -> bool:
