@@ -4,11 +4,14 @@ with their own error bars.
 
 import math
 
+import false_verdicts
 import numpy as np
 import pytest
 from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, run_of, series_run, task_of
 
 from suite.grade import Needed, design_power, grade_task
+from suite.grade.contrasts import Levels
+from suite.task import load_task
 
 REPEATS = 300
 SD = 0.25  # of the log-ratio between launches: what power.py supposes for k3
@@ -206,3 +209,21 @@ def test_an_aa_control_rarely_breaks_a_sound_harness_and_a_fault_of_a_factor_thr
 
     assert outcomes(1.0, 18)[0] > 0.9 and outcomes(1.0, 19)[1] == 0
     assert outcomes(3.0, 20)[1] > 0.9
+
+
+@pytest.mark.parametrize("name", ["desk-sanity-grpo", "desk-sanity-filter", "desk-sanity-order"])
+def test_no_claim_of_a_task_passes_and_no_task_fails_by_mistake_more_often_than_stated(name):
+    """A sample of tests/false_verdicts.py: kinds of claims as they stand together in tasks, truths at the ends."""
+    task, repeats = load_task(name), 120
+    found = false_verdicts.rates(task, {claim.id: 0.1 for claim in false_verdicts.noisy_claims(task)}, repeats)
+    assert found["end"] <= ceiling(0.05, repeats) + 0.02, "the largest of several shares"
+    assert found["none"] <= ceiling(0.05, repeats) and found["task_fail"] <= ceiling(0.05, repeats)
+
+
+def test_stopping_at_the_first_pass_would_pass_about_twice_as_often_and_is_not_counted(ratio_task):
+    rng, claim_ = np.random.default_rng(1), ratio_task.claims[0]
+    grade, one = ratio_task.grade[claim_.id], Levels.of(0.90, 1.0)
+    looks = [false_verdicts.draw_prefix(claim_, grade, 16.0, SD, 5, one, rng) for _ in range(600)]
+    assert np.mean([row[-1] for row in looks]) <= ceiling(0.05, 600) < np.mean([any(row) for row in looks])
+    five = ratio_task.model_copy(update={"seeds": (0, 1, 2, 3, 4)})
+    assert {verdicts(five, lambda rng, n=n: ratio_runs(five, rng, 64.0, range(n)), n, 20)["INCONCLUSIVE"] for n in (3, 4)} == {1.0}
