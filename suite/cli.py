@@ -136,6 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--evidence", type=Path, metavar="FILE", nargs="+", action="extend",
         help="grade rollouts that another framework wrote (parquet or JSONL; files, or a folder of them)"
     )
+    verb.add_argument("--from", dest="framework", metavar="FRAMEWORK", help="whose own files these are: verl, trl, prime-rl, ...")
+    verb.add_argument("--arm", help="with --from: the arm of files in no folder arm=...")
+    verb.add_argument("--seed", type=int, help="with --from: the seed of files in no folder seed=...")
     _run_flags(add("reproduce", "doctor, run, grade and a readable summary"))
 
     verb = add("rehearse", "a task for two steps with an embedded model and its problems; never graded")

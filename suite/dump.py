@@ -1,4 +1,5 @@
-"""Grading rollouts that another framework wrote: `suite grade TASK --evidence FILE`, with no engine at all.
+"""Grading rollouts that another framework wrote: `suite grade TASK --evidence FILE`, with no engine at all. Files that
+frameworks write themselves are read with `--from` (suite/readers).
 
 A dump is parquet or JSON lines (also .gz), one row per rollout: one file, several, or a folder of shards. Columns:
 
@@ -31,7 +32,7 @@ Controls that the dump does not contain are listed as absent, and cap every clai
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from suite.dump_signs import NOTE, Copies, Flaw, LaunchSigns
 from suite.errors import TaskError, UserError
 from suite.grade.launches import OFFLINE
 from suite.mismatch import concat_sums, estimates, prompt_sums, token_statistics
+from suite.readers import Source
 from suite.record import RECORD_SCHEMA, Run, sha256_file
 from suite.task import Task, axis_label
 
@@ -64,12 +66,12 @@ class Dump:
     notes: list[str]
 
 
-def grade_evidence(task: Task, paths: str | Path | Sequence[str | Path]) -> dict:
+def grade_evidence(task: Task, paths: str | Path | Sequence[str | Path], source: Source | None = None) -> dict:
     """The verdict (as in verdict.json, and `notes`) on a dump. UserError names file, row and field where it cannot be
     used."""
     from suite.grade import grade_task
 
-    dump = read_dump(task, paths)
+    dump = read_dump(task, paths, source)
     present = {run.arm for run in dump.runs}
     absent = [control for control in task.controls if control.name not in present]
     kept = tuple(control for control in task.controls if control.name in present)
@@ -127,7 +129,7 @@ class Launch:
         return list(self.signs.flaws(cell, float(self.sums[0]["sum_k2"].sum())))
 
 
-def read_dump(task: Task, paths: str | Path | Sequence[str | Path]) -> Dump:
+def read_dump(task: Task, paths: str | Path | Sequence[str | Path], source: Source | None = None) -> Dump:
     """One Run per (arm, grid point, seed), sorted, with the flaws found. Memory is bounded by prompts and rollouts, not
     by tokens. Raises UserError for what cannot be used."""
     if task.protocol not in OFFLINE:
@@ -137,7 +139,7 @@ def read_dump(task: Task, paths: str | Path | Sequence[str | Path]) -> Dump:
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     shards = dump_files.shards(paths)
     where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    launches, copies = _gather(task, shards)
+    launches, copies = _gather(task, shards, source.read if source else dump_files.read_rows)
     if not launches:
         raise TaskError(where, "rows", "none", "one row per rollout", "there are no rows")
     _check_arms(task, where, launches)
@@ -168,13 +170,13 @@ def _evidence_of(paths: list[Path]) -> dict:
     return {"files": files, "sha256": hashlib.sha256(" ".join(hashes).encode()).hexdigest()}
 
 
-def _gather(task: Task, shards: list[dump_files.Shard]) -> tuple[dict[tuple, Launch], Copies]:
+def _gather(task: Task, shards: list[dump_files.Shard], read: Callable) -> tuple[dict[tuple, Launch], Copies]:
     launches: dict[tuple, Launch] = {}
     seen: set[bytes] = set()
     random, copies = draws_at_random(task), Copies(_usual_rollouts(task))
     pending = total = num_rows = 0
     for shard in shards:
-        for row_number, row in dump_files.read_rows(shard):
+        for row_number, row in read(shard):
             rollout = check_row(task, shard.path, row_number, row)
             num_rows += 1
             if num_rows > dump_files.MAX_ROWS:

@@ -28,7 +28,8 @@ MAX_ROWS = 1_000_000  # of all files together
 MAX_BYTES = 2**40  # of a file, and of what gzip makes of it: rows and lines are bounded, and read one by one
 BATCH_VALUES = 2**18  # what a batch of rows should hold of one column
 
-SUFFIXES = (".parquet", ".pq", ".jsonl", ".ndjson", ".json")
+SUFFIXES = (".parquet", ".pq", ".jsonl", ".ndjson", ".json", ".pt")
+MARKERS = ("STABLE",)  # empty files that say a folder is complete
 UNUSED = ("step", "trainer_entropies")  # of the suite's own evidence rows
 PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 SMALLER_GROUPS = "write smaller row groups, such as row_group_size=1000"
@@ -58,10 +59,15 @@ def _behind(path: Path) -> list[Shard]:
 
 def _in_folder(folder: Path) -> list[Shard]:
     listing = door.look_through(folder.resolve())
-    names = [name for name in [*listing.files, *listing.foreign] if not any(p[0] in "._" for p in name.split("/"))]
+    names = [name for name in [*listing.files, *listing.foreign] if not _passed_over(name)]
     if not names:
         raise FileError(folder, "", "a folder without files", f"files of rollouts ({', '.join(SUFFIXES)})")
     return [_shard(folder, name, listing.foreign.get(name)) for name in sorted(names)]
+
+
+def _passed_over(name: str) -> bool:
+    parts = name.split("/")
+    return parts[-1] in MARKERS or any(part[0] in "._" for part in parts)
 
 
 def _shard(folder: Path, name: str, kind: str | None) -> Shard:

@@ -110,10 +110,12 @@ def grade(args) -> int:
     from suite import show as rendering
 
     task = require_valid(load_task(args.task))
+    if not args.framework and (args.arm is not None or args.seed is not None) or args.framework and not args.evidence:
+        raise UserError("--from needs --evidence, and --arm and --seed need --from: they say what a framework's files do not")
     if args.evidence:
         from suite.dump import grade_evidence
 
-        verdict, path = grade_evidence(task, args.evidence), None
+        verdict, path = grade_evidence(task, args.evidence, _source(args)), None
     else:
         verdict, path = _grade_records(task, args.runs_dir)
     if verdict is None:
@@ -123,6 +125,12 @@ def grade(args) -> int:
     for note in verdict.get("notes", []):
         print(f"note: {note}")
     return _last_line(verdict, path)
+
+
+def _source(args):
+    from suite.readers import Source
+
+    return None if args.framework is None else Source(args.framework, args.arm, args.seed)
 
 
 def reproduce(args) -> int:
