@@ -26,7 +26,8 @@ too where launches are copies of each other, or arms saw other problems. What el
 (suite/dump_signs.py) or beside the plan of the task (suite/dump_plan.py), caps the claims that rest on it.
 
 What such a verdict cannot know: settings and executed precision of the other framework are taken on its word.
-Controls that the dump does not contain are listed as absent, and cap every claim, and the task, at INCONCLUSIVE.
+Controls of a kind (floor, aa, broken) of which the dump contains none are listed as absent, and cap every claim, and the
+task, at INCONCLUSIVE; a second one of a kind that is there is noted.
 """
 
 from __future__ import annotations
@@ -73,10 +74,20 @@ def grade_evidence(task: Task, paths: str | Path | Sequence[str | Path], source:
 
     dump = read_dump(task, paths, source)
     present = {run.arm for run in dump.runs}
-    absent = [control for control in task.controls if control.name not in present]
     kept = tuple(control for control in task.controls if control.name in present)
+    absent = [control for control in task.controls if control.name not in present]
+    stood_for = [control for control in absent if control.kind in {one.kind for one in kept}]
+    absent = [control for control in absent if control not in stood_for]
     verdict = grade_task(_with_controls(task, kept), dump.runs, foreign=True)
-    return cap_verdict(_with_controls(task, kept), verdict, [flaw for flaw in dump.flaws if flaw.word != NOTE], absent) | {"notes": dump.notes}
+    return cap_verdict(_with_controls(task, kept), verdict, [flaw for flaw in dump.flaws if flaw.word != NOTE], absent) | {
+        "notes": dump.notes + [_stood_for(control, kept) for control in stood_for]
+    }
+
+
+def _stood_for(control, kept: tuple) -> str:
+    """A dump costs its owner a run per control, so one of a kind is enough to grade it; the note says what it leaves open."""
+    other = next(one for one in kept if one.kind == control.kind)
+    return f"no rows of {control.name}; {other.name} stands for it, which looks at another grid point or quantity"
 
 
 def _with_controls(task: Task, controls: tuple) -> Task:

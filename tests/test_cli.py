@@ -23,6 +23,10 @@ from suite.task import load_task
 REPO = Path(__file__).resolve().parents[1]
 VERDICT = {
     "task": "tiny",
+    "task_version": 1,
+    "grade_version": 1,
+    "tier": "desk",
+    "environment": {},
     "verdict": "FAIL",
     "reason": "one claim fails",
     "fingerprint": "cpu-test",
@@ -31,6 +35,11 @@ VERDICT = {
         {
             "id": "C1-k3",
             "kind": "ratio",
+            "statement": "It is smaller.",
+            "estimand": "k3_nats_per_token",
+            "unit": "ratio",
+            "paper_source": None,
+            "consistent_with_paper": False,
             "verdict": "FAIL",
             "estimate": 2.0,
             "interval": [1.5, 2.5],
