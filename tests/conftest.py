@@ -1,6 +1,7 @@
 """What holds for every test: no network, and engines on one worker."""
 
 import os
+import signal
 import socket
 
 import pytest
@@ -12,6 +13,11 @@ os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: OpenMP threads that spin slow all of them down
     num_threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
+
+# A job in the background, or under nohup, starts with these ignored, and so would every process that a test starts.
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0", "::")
 

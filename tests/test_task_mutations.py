@@ -126,7 +126,8 @@ def test_a_mutated_task_file_is_valid_or_refused_with_its_key(tree, how, capsys)
         finally:
             path.write_bytes(intact)
     print(how.__name__, found)
-    assert found["refused"] > found["valid"] > 0 or NUM < 40, found
+    assert found["refused"] > found["valid"] and (found["valid"] > 0 or NUM < 300), found  # about one in twelve is valid
+    assert outcome(files[0]) == "valid"
 
 
 @pytest.mark.parametrize("block", ["paper-sanity-verl", "desk-sanity", "bf16-fp16"])
