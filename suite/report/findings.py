@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from suite.report.rows import Row
-from suite.report.tables import cells
+from suite.report.tables import number, region
 
 NOT_YET = "not published yet"
 
@@ -42,7 +42,7 @@ QUESTIONS: tuple[tuple[str, tuple[Asked, ...]], ...] = (
     )),
     ("Does the mismatch itself, without 16-bit training, make training collapse?", (
         Asked("desk-collapse", "C36-coarse-sampler-collapses", "share of launches that collapse with a coarse sampler"),
-        Asked("desk-collapse", "C36-without-mismatch-stable", "and with an exact one", "yes: none without it", "no: also without it"),
+        Asked("desk-collapse", "C36-without-mismatch-stable", "and with an exact one", "none without it", "no: also without it"),
         Asked("desk-collapse", "C36-gap", "accuracy lost at the end"),
     )),
     ("Does truncated importance sampling rescue it?", (
@@ -71,8 +71,12 @@ def _finding(question: str, asked: tuple[Asked, ...], latest: dict[tuple[str, st
     if not known:
         return Finding(question, NOT_YET, "", tasks)
     words = dict.fromkeys(_answer(one, row) for one, row in known)
-    numbers = [f"{one.numbers}: {cells(row)[4]}" for one, row in known if row.estimate is not None]
+    numbers = [f"{one.numbers}: {_estimate(row)}" for one, row in known if row.estimate is not None]
     return Finding(question, "; ".join(words), "; ".join(numbers), tasks)
+
+
+def _estimate(row: Row) -> str:
+    return " ".join(filter(None, (number(row.estimate), region(row.interval))))
 
 
 def _answer(one: Asked, row: Row) -> str:
