@@ -96,7 +96,7 @@ def test_a_macs_leavings_and_a_leading_dot_are_passed_over(repo, tmp_path):
 @pytest.mark.parametrize("data, word", [
     (b"", "not a bundle"), (b"x", "not a bundle"), (b"<html>please log in</html>" * 100, "not a bundle"), (b"\xfd7zXZ\0...", ".xz"),
     (b"PK\3\4....", ".zip"), (gzip.compress(b"x" * 2000), "not a bundle"), (b"\x1f\x8b", "not a whole .tar.gz"),
-])  # fmt: skip
+], ids=["nothing", "a letter", "a login page", "xz", "zip", "gzip of text", "two bytes"])  # fmt: skip
 def test_what_is_no_bundle_is_said_so(tmp_path, data, word):
     refused(tmp_path, data, word)
 
