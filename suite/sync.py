@@ -103,7 +103,8 @@ def sync_weights(trainer, sampler: Sampler, wire: str) -> str:
 
     def noted():
         for name, tensor in trainer.named_weights(torch_dtype(wire)):
-            tensor = round_to(tensor, wire)
+            if not FORMATS[wire].is_dtype:  # a dtype is left to the trainer, and read from what it hands over
+                tensor = round_to(tensor, wire)
             travelled.add(wire if on_grid(tensor, wire) else dtype_name(tensor.dtype))
             yield name, tensor
 
