@@ -91,8 +91,11 @@ def _publish_run(run: Run, folder: Path) -> Path:
 
 
 def _same_run(folder: Path, record: dict) -> bool:
-    there = read_record(folder)
-    return all(there[key] == record[key] for key in ("run_key", "started_utc", "fingerprint"))
+    """Whether the folder holds this run, or the failed run that this one went on from. Two attempts may begin within the same
+    second, so finished ones are compared by what they measured as well."""
+    there, keys = read_record(folder), ("run_key", "started_utc", "fingerprint")
+    both_finished = there["status"] in FINISHED and record["status"] in FINISHED
+    return all(there[key] == record[key] for key in (*keys, "series_summary") if key in keys or both_finished)
 
 
 def _status(folder: Path) -> str:
