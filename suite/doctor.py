@@ -76,8 +76,6 @@ def _unsupported(cell) -> list[str]:
     for point in ("kv_cache", "rollout_logits"):  # each follows the sampler's precision
         value, rollout = cell.get(f"precision.{point}", None), cell.get("precision.rollout", None)
         asked[f"precision.{point}"] = value if rollout and value != FORMATS[rollout].storage else None
-    rounded = cell.get("precision.rollout_rounded", None)
-    asked["precision.rollout_rounded"] = rounded if rounded == "products" else None
     return [f"{name} ({value})" for name, value in asked.items() if value]
 
 

@@ -47,9 +47,8 @@ DTYPES = tuple(row.name for row in _ROWS if row.is_dtype)
 COARSE_FORMATS = tuple(row.name for row in _ROWS if not row.is_dtype)
 
 # Where a coarse format acts. "weights": the weights are rounded on their way to the sampler and stay so until the next
-# sync, as quantised rollouts do. "products": operands and results of every product in the sampler are rounded, weights
-# included, as a 16-bit engine does.
-ROUNDED_WHERE = ("weights", "products")
+# sync, as quantised rollouts do; products are those of fp32. A task names it, since rounding elsewhere is another experiment.
+ROUNDED_WHERE = ("weights",)
 
 # How products of 16-bit operands are formed. "native": the device's own kernels. "rounded-fp32-accumulate": operands and
 # result are 16-bit numbers, the product is computed in fp32, as tensor cores do; on a CPU both 16-bit precisions take

@@ -271,7 +271,7 @@ class LossScaling(Strict):
 class PrecisionSettings(Strict):
     """The format asked for at each point; null follows `rollout` or `train`. What was executed is in the record.
 
-    rollout: also a coarse format, m0 to m22; rollout_rounded: where it acts, on the weights alone or on all products.
+    rollout: also a coarse format, m0 to m22; rollout_rounded: where it acts, on the weights.
     gradient_reduction: in which micro-batches and ranks add up their gradients; null is fp32, otherwise fp32 or the
     trainer's own dtype.
     """

@@ -122,7 +122,6 @@ def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
     ({"train": {"parallel": {"data": 8, "tensor": 2}}, "schedule": {"steps": 5}}, "train.parallel (tensor 2)"),
     ({"train": {"engine": "moe", "parallel": {"data": 8, "expert": 8}}, "schedule": {"steps": 5}}, "train.parallel (expert 8)"),
     ({"precision": {"kv_cache": "fp16"}}, "precision.kv_cache (fp16)"),
-    ({"precision": {"rollout": "m3", "rollout_rounded": "products"}}, "precision.rollout_rounded (products)"),
 ])  # fmt: skip
 def test_a_setting_that_would_be_ignored_is_refused_even_if_one_arm_alone_has_it(settings, named):
     assert f"asks for {named}, which this version does not do yet" in can_run(task(gpus=0, **settings), LAPTOP)

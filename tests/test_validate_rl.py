@@ -157,9 +157,9 @@ COARSE = "  fp32-m3: {{precision: {{rollout: m3, rollout_rounded: weights, train
 
 
 @pytest.mark.parametrize(("old", "new", "said"), [
-    ("rollout_rounded: weights, ", "", "rollout_rounded: found 'nothing', allowed: weights or products (precision.rollout is m3)"),
+    ("rollout_rounded: weights, ", "", "rollout_rounded: found 'nothing', allowed: weights (precision.rollout is m3)"),
     ("m3, rollout_rounded: weights", "m30, rollout_rounded: weights", "precision.rollout: found 'm30', allowed: fp32, bf16, fp16, m0, m1"),
-    ("m3, rollout_rounded: weights", "m3, rollout_rounded: sums", "rollout_rounded: found 'sums', allowed: weights or products"),
+    ("m3, rollout_rounded: weights", "m3, rollout_rounded: products", "rollout_rounded: found 'products', allowed: weights"),
     ("{{rollout: m3, rollout_rounded", "{{rollout: m2, rollout_rounded", "found 'm2', allowed: m3 (the arm's name says so)"),
     ("rollout: m3, rollout_rounded: weights", "rollout: fp16, rollout_rounded: weights", "allowed: nothing, unless precision.rollout is one of m0 to m22"),
     ("train: fp32}}}}", "train: fp32}}, train: {{lora: {{rank: 2, alpha: 4, targets: [q_proj]}}}}}}", "allowed: fp32, bf16, fp16 with train.lora"),

@@ -16,13 +16,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from suite.algorithms import Algorithm
 from suite.arithmetic import arithmetic_for
 from suite.batch import MiniBatch
-from suite.errors import UserError
 from suite.precision import Precision, dtype_name, torch_dtype
 from suite.ranks import Ranks
 from suite.trainers.health import ActivationWatch, underflow_share
 from suite.trainers.lora import add_adapters, merged_weights
 from suite.trainers.loss_scale import LossScaler
 from suite.trainers.masters import MasterWeights
+from suite.trainers.perturb import scale_one
 from suite.trainers.scoring import Scorer, recomputing
 from suite.trainers.steps import DEFAULT_MICRO_BATCH_SIZE, Stepper
 
@@ -48,7 +48,7 @@ class DenseTrainer:
         self.arithmetic, self._products = arithmetic_for(self._device, self._dtype)
         self._checkpoint_dtype = _dtype_on_disk(Path(model_path))
         if train.get("perturb"):
-            self._perturb(**train["perturb"])
+            scale_one(dict(self._model.named_parameters()), **train["perturb"], of="parameter of the model")
         if self._can_train:
             if train.get("lora"):
                 add_adapters(self._model, train["lora"], seed)
@@ -74,15 +74,6 @@ class DenseTrainer:
 
     def _underflow(self) -> float:
         return underflow_share(self._model.parameters(), self._model.get_input_embeddings().weight)
-
-    def _perturb(self, parameter: str, scale: float) -> None:
-        """Scale one parameter on purpose: the control that a working measurement must catch."""
-        parameters = dict(self._model.named_parameters())
-        if parameter not in parameters:
-            known = ", ".join(sorted(parameters)[:6])
-            raise UserError(f"train.perturb.parameter: found {parameter!r}, allowed: a parameter of the model ({known}, ...)")
-        with torch.no_grad():
-            parameters[parameter].mul_(scale)
 
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         return self._scorer.score(sequences)

@@ -25,6 +25,7 @@ from suite.routing import of_response
 from suite.trainers.health import ActivationWatch, underflow_share
 from suite.trainers.loss_scale import LossScaler
 from suite.trainers.masters import MasterWeights
+from suite.trainers.perturb import scale_one
 from suite.trainers.megatron_names import parted, read_shape, read_weights, table
 from suite.trainers.scoring import Scorer, by_length, recomputing
 from suite.trainers.steps import DEFAULT_MICRO_BATCH_SIZE, Stepper
@@ -85,17 +86,13 @@ class MoeTrainer:
         if parameters:
             raise RuntimeError(f"megatron-core has parameters that the table does not know: {', '.join(sorted(parameters))}")
         if perturb:
-            self._perturb(**perturb)
+            scale_one(self._checkpoint_tensors(), **perturb, of="tensor of the checkpoint")
         return dtypes
 
-    def _perturb(self, parameter: str, scale: float) -> None:
-        """Scale one tensor of the checkpoint on purpose: the control that a working measurement must catch."""
+    def _checkpoint_tensors(self) -> dict[str, torch.Tensor]:
+        """{name in the checkpoint: the part of the parameter that holds it}; writing to it changes the model."""
         parameters = dict(self._model.named_parameters())
-        tensors = {name: part for row in table(self._shape) for name, part in parted(row, parameters[row.parameter], self._shape)}
-        if parameter not in tensors:
-            known = ", ".join(sorted(tensors)[:6])
-            raise UserError(f"train.perturb.parameter: found {parameter!r}, allowed: a tensor of the checkpoint ({known}, ...)")
-        tensors[parameter].mul_(scale)
+        return {name: part for row in table(self._shape) for name, part in parted(row, parameters[row.parameter], self._shape)}
 
     def _states(self, token_ids: torch.Tensor) -> torch.Tensor:
         return megatron.hidden_states(self._model, token_ids)
