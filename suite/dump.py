@@ -49,7 +49,8 @@ from suite.errors import TaskError, UserError
 from suite.grade.launches import OFFLINE
 from suite.mismatch import concat_sums, estimates, prompt_sums, token_statistics
 from suite.readers import Source
-from suite.record import RECORD_SCHEMA, Run, sha256_file
+from suite.files import sha256_file
+from suite.record import RECORD_SCHEMA, Run
 from suite.task import Task, axis_label
 
 FLUSH_TOKENS = 500_000  # tokens held before they are folded into sums

@@ -27,12 +27,10 @@ from typing_extensions import TypedDict
 
 from suite.door import MIB, FileError, open_file, read_bytes, read_json, read_parquet, typed, unzip, whatever_fails
 from suite.errors import DataError
-from suite.files import (  # noqa: F401  (offered where people look)
-    FOLDER_NAME, json_safe, sha256_file, with_numbers, write_atomic, write_json, write_parquet,
-)  # fmt: skip
+from suite.files import FOLDER_NAME, json_safe
 from suite.lines import Line, read_lines
 from suite.manifest import NAME as MANIFEST
-from suite.manifest import check_manifest, write_manifest  # noqa: F401  (offered where people look)
+from suite.manifest import check_manifest
 
 RECORD_SCHEMA = 1
 STATUSES = ("planned", "running", "success", "diverged", "failed", "killed", "invalidated")

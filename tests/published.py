@@ -14,6 +14,8 @@ import pyarrow as pa
 from fakes import executed_as
 
 from suite import environment, record
+from suite.files import write_json
+from suite.manifest import write_manifest
 from suite.mismatch import estimates, prompt_sums
 from suite.plan import plan
 from suite.task import load_task
@@ -126,9 +128,9 @@ def _make_run(runs_root: Path, task, cell, machine: dict, fresh: bool, noise: di
 
 def rewrite_record(path: Path, **changes) -> None:
     """Another record.json in a run folder, with the hashes that the writer would give it."""
-    record.write_json(path, sealed_record(path, changes))
+    write_json(path, sealed_record(path, changes))
     if record.read_record(path.parent)[0]["status"] in record.FINISHED:
-        record.write_manifest(path.parent, besides=record.BESIDES)
+        write_manifest(path.parent, besides=record.BESIDES)
     else:
         (path.parent / record.MANIFEST).unlink(missing_ok=True)
 

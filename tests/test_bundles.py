@@ -19,7 +19,7 @@ import pytest
 import suite.report
 from suite.door import MIB, FileError
 from suite.errors import UserError
-from suite.record import write_manifest
+from suite.manifest import write_manifest
 from suite.report import opening
 from suite.report.publishing import publish_task
 from suite.report.verifying import verify_published

@@ -18,7 +18,8 @@ from suite.evidence import flat  # noqa: E402
 from suite.plan import Cell  # noqa: E402
 from suite.precision import unsaid_points  # noqa: E402
 from suite.protocols import Session, offline  # noqa: E402
-from suite.record import Run, check_manifest, find_runs, read_evidence  # noqa: E402
+from suite.manifest import check_manifest  # noqa: E402
+from suite.record import Run, find_runs, read_evidence  # noqa: E402
 from suite.writer import open_run  # noqa: E402
 from small_models import ROLLOUT, TRAIN  # noqa: E402
 from test_record import OneTask  # noqa: E402

@@ -1,7 +1,6 @@
 """The protocol `dataset` on a file whose counts are known by hand, and on the published one."""
 
 import hashlib
-import json
 import os
 
 import pyarrow as pa

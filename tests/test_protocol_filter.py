@@ -16,7 +16,8 @@ from suite.kept import KeptProblem, in_band, problem_texts, read_kept, write_kep
 from suite.plan import plan
 from suite.protocols import Session, filter
 from suite.protocols.engines import reward_pool
-from suite.record import check_manifest, read_run
+from suite.manifest import check_manifest
+from suite.record import read_run
 from suite.writer import open_run
 from suite.task import find_repo, load_task
 

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 import published as fakes
 import pytest
 
-from suite.record import write_manifest
+from suite.manifest import write_manifest
 from suite.report.publishing import publish_task
 from suite.task import load_task
 

@@ -191,7 +191,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path):
     script = textwrap.dedent(f"""
         import resource, signal
         from pathlib import Path
-        from suite.record import write_json
+        from suite.files import write_json
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         write_json(Path({str(path)!r}), {{"new": "x" * 100_000}})

@@ -16,7 +16,8 @@ import pytest
 
 import suite.report
 from suite.plan import Cell
-from suite.record import write_json, write_manifest
+from suite.files import write_json
+from suite.manifest import write_manifest
 from suite.report.publishing import compute_verdict, publish_task
 from suite.report.verifying import compare, verify_published
 from suite.task import load_task

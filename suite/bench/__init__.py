@@ -15,7 +15,7 @@ from pathlib import Path
 
 from suite import environment
 from suite.bench.tables import BENCHES, markdown, terminal
-from suite.record import write_atomic
+from suite.files import write_atomic
 
 
 def run(names: list[str], *, vocabularies: list[int] | None = None, sizes: list[str] | None = None, out: Path) -> int:

@@ -48,7 +48,7 @@ from suite.grade.planned import missing_launches, split_by_plan
 from suite.grade.sameness import name_across, same_runs, twins
 from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.plan import canonical_json
-from suite.record import write_json
+from suite.files import write_json
 from suite.task import Task, load_task
 from suite.validate import unpinned_inputs
 

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from suite.record import write_atomic
+from suite.files import write_atomic
 from suite.report.published import read_record, run_folders
 from suite.report.publishing import publish_task
 

@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 from suite.door import read_bytes
-from suite.record import write_atomic
+from suite.files import write_atomic
 from suite.report import page, plots, readme, tables
 from suite.report.escaping import escape_address, escape_markdown
 from suite.report.findings import findings

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from suite.door import read_parquet
 from suite.evidence import flat, num_response_tokens
-from suite.record import write_parquet
+from suite.files import write_parquet
 from suite.resolved import bin_sums, token_property
 
 NUM_TAIL_TOKENS, NUM_TOKENS, NUM_SEQUENCES = 500, 3000, 4000

@@ -24,7 +24,8 @@ from typing_extensions import NotRequired, TypedDict
 from suite.door import FileError, Listing, json_lines, look_through, parse_json, printable, read_bytes, read_json, read_parquet, typed
 from suite.errors import UserError
 from suite.mismatch import COUNTS, PROMPT_SUM_COLUMNS
-from suite.record import RECORD_SCHEMA, Run, sha256_file
+from suite.files import sha256_file
+from suite.record import RECORD_SCHEMA, Run
 
 MANIFEST, VERDICT, RECORD = "MANIFEST.sha256", "verdict.json", "record.json"
 METRICS, SUMMARY, POINTS = "metrics.jsonl.gz", "evidence_summary.parquet", "plot_points.parquet"
@@ -149,7 +150,7 @@ def read_published(folder: Path) -> Run:
     return Run(folder, read_record(folder), read_series(folder / METRICS), read_sums(folder / SUMMARY))
 
 
-_NAMED = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}  # as record.write_json writes them
+_NAMED = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}  # as files.write_json writes them
 
 
 def read_series(path: Path) -> list[dict]:

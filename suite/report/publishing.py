@@ -18,7 +18,8 @@ import shutil
 from pathlib import Path
 
 from suite.files import json_safe, write_atomic, write_json
-from suite.record import FINISHED, STATUSES, Run, find_runs, read_metrics, write_manifest
+from suite.manifest import write_manifest
+from suite.record import FINISHED, STATUSES, Run, find_runs, read_metrics
 from suite.report.points import plot_points, write_points
 from suite.report.published import VERDICT, read_published, read_record, run_folders
 from suite.report.scrubbing import scrub, scrub_record
