@@ -3,11 +3,11 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -61,15 +61,20 @@ def run_suite(*words: str, prelude: str = "", cwd: Path = REPO) -> subprocess.Co
     )
 
 
-def test_help_answers_within_half_a_second():
+def test_help_takes_less_than_half_a_second_of_a_core():
     times = []
-    for _ in range(3):  # the fastest of three: other processes may hold the core
-        start = time.perf_counter()
+    for _ in range(3):  # processor time, the least of three: other processes may hold the core
+        start = _seconds_of_children()
         shown = subprocess.run(
             [sys.executable, "-m", "suite", "--help"], cwd=REPO, capture_output=True, text=True, check=True
         )
-        times.append(time.perf_counter() - start)
+        times.append(_seconds_of_children() - start)
     assert min(times) < 0.5 and "reproduce" in shown.stdout
+
+
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_help_imports_nothing_heavy():
