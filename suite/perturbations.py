@@ -12,7 +12,8 @@ term of each token by a weight u:
 
 and two act on a real mismatch instead:
 
-    aligned         the sampler's own log-probs are the old log-probs of the PPO ratio: pi(theta)/mu
+    aligned         the sampler's own log-probs are the old log-probs of the PPO ratio: pi(theta)/mu. For GRPO that is
+                    `anchor: rollout`; for rows weighted by old/rollout, which have no anchor, it takes the weight away
     hidden          the trainer's old log-probs stand for the sampler's: no correction can see the mismatch
 
 The weight enters as old - rollout, so the row must weigh tokens by old/rollout without a cap that acts (GRPO-Token-TIS, cap 1.0e+9).

@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
+from suite.algorithms import Algorithm
 from suite.mismatch import log_ratio, prob_diff
 
-LOG_RATIO_LIMIT = 20.0  # nats, that of algorithms.Algorithm.log_ratio_limit
+LOG_RATIO_LIMIT = Algorithm.log_ratio_limit  # nats, as in the losses
 BAD_UPDATE_DROPS = {"bad_update_share_0p5": 0.5, "bad_update_share_0p2": 0.2}  # metric: how far pi lies below mu
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from suite.lead import WATCHED, leads
+from suite.lead import DROP, HOLD, WATCHED, WINDOW, leads
 from suite.record import Run
 from suite.report.plots_rl import draw_series, series_of, styles_of
 from suite.report.svg import plt, to_svg
@@ -41,7 +41,8 @@ def lead_text(runs: list[Run]) -> str | None:
     if not found:
         return None
     parts = [f"{one.label} by a factor of {one.factor:g}: {_lead([lead[one.name] for lead in found])}" for one in WATCHED]
-    return f"Iterations by which a series had moved before the reward fell, over {len(found)} launches that fell: {'; '.join(parts)}."
+    rule = f"its {WINDOW}-iteration mean lies more than {DROP:g} below its peak, for {HOLD} iterations"
+    return f"Iterations by which a series had moved before the reward fell ({rule}), over {len(found)} launches that fell: {'; '.join(parts)}."
 
 
 def _lead(values: list[int | None]) -> str:
