@@ -49,6 +49,8 @@ table.claims thead { display: none }
   table.claims td { border: 0; padding: .1rem 0 } table.claims td:empty { display: none }
   table.claims td::before { content: attr(data-label) ": "; color: var(--soft) }
   table.claims td.verdict::before, table.claims td.claim::before { content: "" }
+  table.findings thead { display: none } table.findings tr, table.findings td { display: block }
+  table.findings td { border: 0; padding: .1rem 0 } table.findings tr { border-bottom: 1px solid var(--line); padding: .5rem 0 }
 }
 </style>
 </head>
