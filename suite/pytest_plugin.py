@@ -102,10 +102,10 @@ def confirm_published(path: Path, repo: Path) -> str:
 
     Raises TaskFailure if the task does not validate or a recomputed verdict is not the published one.
     """
-    from suite.report.published import read_verdict
-    from suite.report.verifying import folder_differences
-    from suite.task import load_task
-    from suite.validate import validate_file
+    from suite.archive.published import read_verdict
+    from suite.archive.verifying import folder_differences
+    from suite.spec.task import load_task
+    from suite.spec.validate import validate_file
 
     errors, _ = validate_file(path)
     if errors:

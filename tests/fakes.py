@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from suite.mismatch import prompt_sums
-from suite.plan import plan
-from suite.precision import ALWAYS_FP32, CONTRACT, Precision
-from suite.record import Run
-from suite.task import Task, load_task
+from suite.measure.mismatch import prompt_sums
+from suite.record.run import Run
+from suite.spec.plan import plan
+from suite.spec.precision import ALWAYS_FP32, CONTRACT, Precision
+from suite.spec.task import Task, load_task
 
 FINGERPRINT = "cpu-test_none-0_torch-0"
 CURVES = Path(__file__).parents[1] / "baselines" / "curves"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from suite import stats
+from suite.archive.publishing import compute_verdict
 from suite.grade import contrasts
 from suite.grade.contrasts import Levels, in_sequence, is_exact, is_share_of_seeds, shares_of
 from suite.grade.judge import disjoint, judge, num_pairs, order_form, order_regions
 from suite.grade.launches import SHARES_OF_COUNTS, Launch, scale_of
-from suite.report.publishing import compute_verdict
-from suite.task import load_task
+from suite.measure import stats
+from suite.spec.task import load_task
 
 TRIALS = {"num_kept": 512, "overlap_share": 48}
 UNKNOWN_SD = 0.1  # on the scale of the interval, where the published runs have no spread

@@ -3,7 +3,9 @@
 import sys
 import time
 
-from suite import cli, protocols, verbs
+from suite.cli import main as cli
+from suite.cli import verbs
+from suite.protocols import run as protocols
 
 NUM_PARTS, SECONDS = 40, 0.02
 

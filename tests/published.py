@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-
 from fakes import executed_as
 
-from suite import environment, record
 from suite.files import write_json
-from suite.manifest import write_manifest
-from suite.mismatch import estimates, prompt_sums
-from suite.plan import plan
-from suite.task import load_task
-from suite.writer import open_run
+from suite.machine import environment
+from suite.measure.mismatch import estimates, prompt_sums
+from suite.record import run as record
+from suite.record.manifest import write_manifest
+from suite.record.writer import open_run
+from suite.spec.plan import plan
+from suite.spec.task import load_task
 
 MACHINE = {"os": "test", "cpu": {"class": "test", "num_cores": 1}, "gpus": [], "torch_build": None, "packages": {}}
 FINGERPRINT = environment.fingerprint(MACHINE)

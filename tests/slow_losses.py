@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from suite.algorithms import resolve
-from suite.losses import policy_loss
+from suite.engines.losses import policy_loss
+from suite.spec.algorithms import resolve
 
 LENGTH_NORM = 16
 

@@ -40,7 +40,7 @@ def write_model(folder: Path, *, tied: bool = False, experts: bool = False, seed
 def some_requests(num: int = 12, seed: int = 0):
     import random
 
-    from suite.batch import Request, request_seed
+    from suite.engines.batch import Request, request_seed
 
     draw = random.Random(seed)
     return [

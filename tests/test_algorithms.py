@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from suite import algorithms
-from suite.algorithms import ALGORITHMS, resolve
 from suite.errors import TaskError
+from suite.spec import algorithms
+from suite.spec.algorithms import ALGORITHMS, resolve
 
 ROWS = {  # name: (ratio level, weight, correction level, correction, cap, needs pi(theta'))
     "GRPO": ("token", "none", "none", "none", None, True),

@@ -2,9 +2,9 @@
 
 import pytest
 
-from suite.algebra import rational, same_value
-from suite.answers import same_answer
-from suite.notation import bare, plain, readings
+from suite.problems.algebra import rational, same_value
+from suite.problems.answers import same_answer
+from suite.problems.notation import bare, plain, readings
 
 
 def judged(gold: str, answer: str) -> bool:

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
-from suite.arithmetic import RoundedProducts, arithmetic_for, on_grid, round_to  # noqa: E402
-from suite.precision import COARSE_FORMATS  # noqa: E402
+from suite.engines.arithmetic import RoundedProducts, arithmetic_for, on_grid, round_to  # noqa: E402
+from suite.spec.precision import COARSE_FORMATS  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16]
 

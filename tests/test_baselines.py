@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fakes import curve
 
-from suite.strict_yaml import read_yaml
+from suite.spec.strict_yaml import read_yaml
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 PAPER, PROBLEMS = read_yaml(BASELINES / "paper.yaml")

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from suite import bench, environment
 from suite.bench import pairs, rl_step, scoring, tables
+from suite.bench import verbs as bench
 from suite.bench.pairs import Side, SideFailed, in_turn, paired_ratios, spread, target, with_range
 from suite.bench.worker import PeakMemory
 from suite.errors import UserError
+from suite.machine import environment
 
 # --- arithmetic, by hand ----------------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ def test_trl_gets_the_batch_and_the_updates_of_our_step():
 
 
 def test_the_step_is_one_that_a_task_could_ask_for():
-    from suite import settings
+    from suite.spec import settings
 
     for precision in ("fp32", "bf16", "fp16"):
         cell = rl_step.cell_settings({"precision": precision, "model": "m", "batch": vars(rl_step.Batch())})

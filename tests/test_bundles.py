@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from peak import PEAK_MIB
 
-import suite.report
+from suite.archive import opening
+from suite.archive.publishing import publish_task
+from suite.archive.verifying import verify_published
 from suite.door import MIB, FileError
 from suite.errors import UserError
-from suite.manifest import write_manifest
-from suite.report import opening
-from suite.report.publishing import publish_task
-from suite.report.verifying import verify_published
-from suite.task import load_task
+from suite.record.manifest import write_manifest
+from suite.report import verbs as report_verbs
+from suite.spec.task import load_task
 
 PLACE = f"results/desk-tiny/{fakes.FINGERPRINT}"
 
@@ -178,7 +178,7 @@ def test_a_path_that_is_no_file_is_refused(tmp_path):
 BOMB = """
 import os, sys
 from suite.errors import UserError
-from suite.report.verifying import verify_published
+from suite.archive.verifying import verify_published
 from pathlib import Path
 for path in sys.argv[1:]:
     try:
@@ -214,7 +214,7 @@ def test_bombs_are_refused_within_a_gibibyte(repo, tmp_path):
         write_manifest(tmp_path / name / PLACE)
         (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress(packed((str(p.relative_to(tmp_path / name)), p.read_bytes())
             for p in sorted((tmp_path / name).rglob("*")) if p.is_file())))  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(Path(suite.report.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(report_verbs.__file__).parents[2])}
     bombs = sorted(str(path) for path in tmp_path.glob("*.tar.gz"))
     done = subprocess.run([sys.executable, "-c", PEAK_MIB + BOMB, *bombs], cwd=repo, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and len(bombs) == 3, done.stdout[-3000:] + done.stderr[-3000:]

@@ -14,11 +14,12 @@ import pytest
 from rich.console import Console
 from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
-from suite import cli, verbs
+from suite.cli import main as cli
+from suite.cli import verbs
 from suite.errors import DataError, NotRunnable, UserError
-from suite.plan import plan
-from suite.record import find_runs
-from suite.task import load_task
+from suite.record.run import find_runs
+from suite.spec.plan import plan
+from suite.spec.task import load_task
 
 REPO = Path(__file__).resolve().parents[1]
 VERDICT = {
@@ -54,7 +55,7 @@ VERDICT = {
 
 def run_suite(*words: str, prelude: str = "", cwd: Path = REPO) -> subprocess.CompletedProcess:
     """`suite WORDS` in a process of its own."""
-    code = f"{prelude}\nimport sys\nfrom suite.cli import main\nsys.exit(main({list(words)!r}))"
+    code = f"{prelude}\nimport sys\nfrom suite.cli.main import main\nsys.exit(main({list(words)!r}))"
     environ = {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-c", code], cwd=cwd, env=environ, capture_output=True, text=True, check=False
@@ -231,7 +232,7 @@ def test_what_goes_wrong_in_a_run_has_its_exit_code_and_its_words(
 
 
 def test_a_task_that_needs_a_gpu_is_not_run_without_one(checkout, monkeypatch, capsys):  # noqa: F811
-    from suite import environment
+    from suite.machine import environment
 
     checkout(("gpus: 0, gpu_mem_gib: 0", "gpus: 1, gpu_mem_gib: 40"), ("cpu_ok: true", "cpu_ok: false"))
     monkeypatch.setattr(environment, "list_gpus", list)
@@ -242,7 +243,7 @@ def test_a_task_that_needs_a_gpu_is_not_run_without_one(checkout, monkeypatch, c
 
 
 def test_a_runs_folder_that_is_a_file_is_a_clear_error(checkout, monkeypatch, capsys, tmp_path):  # noqa: F811
-    from suite import protocols
+    from suite.protocols import run as protocols
 
     checkout()
     (tmp_path / "occupied").write_text("")
@@ -322,7 +323,7 @@ def test_show_of_a_claim_gives_the_papers_value_and_published_verdicts(checkout,
 
 
 def test_a_line_for_each_step_where_there_is_no_terminal(capsys):
-    from suite.progress import Progress
+    from suite.cli.progress import Progress
 
     with Progress(num_cells=2) as progress:
         progress("bf16.s0", 1, 2, note="k3 1e-4")
@@ -402,7 +403,7 @@ def test_a_current_folder_that_went_away_is_one_line(tmp_path, monkeypatch, caps
 def test_a_narrow_terminal_gets_a_task_on_a_few_lines(checkout, monkeypatch, capsys):  # noqa: F811
     checkout()
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr("suite.show._console", lambda: Console(width=40, highlight=False))
+    monkeypatch.setattr("suite.cli.show._console", lambda: Console(width=40, highlight=False))
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 5 and max(map(len, lines)) <= 40 and "tiny" in lines[0] and "A task for tests" in " ".join(lines)

@@ -5,11 +5,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from suite.arithmetic import on_grid, round_to  # noqa: E402
-from suite.rollouts import load_sampler, rounded_checkpoint  # noqa: E402
-from suite.sync import Probe, SyncError, prove_sync, sync_weights  # noqa: E402
-from suite.trainers import load_trainer  # noqa: E402
 from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
+
+from suite.engines.arithmetic import on_grid, round_to  # noqa: E402
+from suite.engines.samplers.load import load_sampler, rounded_checkpoint  # noqa: E402
+from suite.engines.sync import Probe, SyncError, prove_sync, sync_weights  # noqa: E402
+from suite.engines.trainers.load import load_trainer  # noqa: E402
 
 PLAIN = ROLLOUT | {"engine": "hf"}
 

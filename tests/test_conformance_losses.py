@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from suite.algorithms import resolve
-from suite.losses import policy_loss
+from suite.engines.losses import policy_loss
+from suite.spec.algorithms import resolve
 
 MU = [[-0.50, -1.20, -0.01, -3.00], [-0.70, -0.03, -2.00], [-0.03, -2.30, -0.10, -0.90, -4.00, -0.20], [-1.000, -0.400]]
 PI = [[-0.52, -1.15, -0.02, -2.60], [-0.80, -0.02, -2.30], [-0.60, -2.31, -0.25, -0.88, -4.70, -0.19], [-1.002, -0.399]]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from suite.algorithms import resolve
-from suite.estimands import ESTIMANDS
-from suite.losses import policy_loss
-from suite.mismatch import estimates, prompt_sums, token_statistics
+from suite.engines.losses import policy_loss
+from suite.measure.mismatch import estimates, prompt_sums, token_statistics
+from suite.spec.algorithms import resolve
+from suite.spec.estimands import ESTIMANDS
 
 # Three responses of 4, 1 and 6 tokens; the sixth token is an outlier of the kind the paper shows (mu 0.97, pi 0.55).
 MU = [[-0.50, -1.20, -0.01, -3.00], [-0.70], [-0.0304592, -2.30, -0.10, -0.90, -4.00, -0.20]]
@@ -136,7 +136,7 @@ def test_only_an_effective_sample_size_of_untruncated_weights_shows_the_collapse
     assert verl_effective_sample_size(one_dominates, lengths) > 0.89
 
 
-# Peers' names in suite/estimands.py for which no formula stands above: definitions stated in a test of their own, with a band
+# Peers' names in suite/spec/estimands.py for which no formula stands above: definitions stated in a test of their own, with a band
 # or a sign of their own, or a mean of rewards. Another name without a formula fails the test below.
 WITHOUT_FORMULA = {
     "AReaL behave_approx_kl", "slime mismatch_k3_kl", "slime train_rollout_logprob_abs_diff (mean over samples first)",

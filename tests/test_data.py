@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from suite.data import INSTRUCTION, fill_template, load_prompts, token_ids
 from suite.errors import DataError, NotRunnable
-
+from suite.problems.data import INSTRUCTION, fill_template, load_prompts, token_ids
 
 needs_published = pytest.mark.skipif(
     not os.environ.get("SUITE_DATA_DIR"), reason="SUITE_DATA_DIR is not set: the authors' files are not here"

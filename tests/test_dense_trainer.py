@@ -5,11 +5,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from suite.algorithms import resolve  # noqa: E402
-from suite.batch import MiniBatch, PAD_TO_TOKENS, pad_sequences  # noqa: E402
-from suite.errors import UserError  # noqa: E402
-from suite.trainers import load_trainer  # noqa: E402
 from small_models import OPTIMIZER, TRAIN, VOCABULARY, write_model  # noqa: E402
+
+from suite.engines.batch import PAD_TO_TOKENS, MiniBatch, pad_sequences  # noqa: E402
+from suite.engines.trainers.load import load_trainer  # noqa: E402
+from suite.errors import UserError  # noqa: E402
+from suite.spec.algorithms import resolve  # noqa: E402
 
 FP32 = {"rollout": "fp32", "train": "fp32"}
 FP16 = {"rollout": "fp16", "train": "fp16", "loss_scaling": {"enabled": True}}

@@ -9,9 +9,10 @@ import random
 import pytest
 import torch
 
-from suite.desk import build, problems
-from suite.desk.problems import make_problem, prompt_text, sample_problems
+from suite.desk import build
 from suite.errors import UserError
+from suite.problems import desk as problems
+from suite.problems.desk import make_problem, prompt_text, sample_problems
 
 SHIPPED = ("1m", "llama-1m")
 

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from suite import dump, dump_files
+from suite.dumps import dump
+from suite.dumps import files as dump_files
 from suite.errors import TaskError, UserError
-from suite.mismatch import estimates, prompt_sums
-from suite.task import Task
+from suite.measure.mismatch import estimates, prompt_sums
+from suite.spec.task import Task
 
 GRADE = {
     "estimand": "k3_nats_per_token",

@@ -15,7 +15,8 @@ import pytest
 from peak import PEAK_MIB
 from test_dump import CONTROL, make_rows, make_task, runs_of, write
 
-from suite import dump, dump_files
+from suite.dumps import dump
+from suite.dumps import files as dump_files
 from suite.errors import UserError
 
 PLANNED = {"data": {"num_prompts": 4}, "rollout": {"samples_per_prompt": 3}}
@@ -425,9 +426,9 @@ def test_a_flipped_byte_is_read_or_refused_and_never_a_traceback(tmp_path, name)
 
 LIMITED = """
 import sys
-from suite.dump import grade_evidence
+from suite.dumps.dump import grade_evidence
 from suite.errors import UserError
-from suite.task import load_task
+from suite.spec.task import load_task
 task = load_task("desk-offline-mismatch")
 for path in sys.argv[1:]:
     try:

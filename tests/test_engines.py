@@ -6,11 +6,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from suite.batch import Request  # noqa: E402
-from suite.precision import contract_breaches  # noqa: E402
-from suite.rollouts import load_sampler  # noqa: E402
-from suite.trainers import load_trainer  # noqa: E402
 from small_models import EOS, ROLLOUT, TRAIN, VOCABULARY, as_sequences, some_requests, write_model  # noqa: E402
+
+from suite.engines.batch import Request  # noqa: E402
+from suite.engines.samplers.load import load_sampler  # noqa: E402
+from suite.engines.trainers.load import load_trainer  # noqa: E402
+from suite.spec.precision import contract_breaches  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -114,9 +115,9 @@ def test_16_bit_engines_run_in_the_dtype_that_was_asked_for(model):
 @pytest.mark.parametrize("engine", ["vllm", "hf"])
 def test_a_response_ends_with_the_token_that_completes_a_stop_string(engine):
     """With the same seeds the responses are those without stop strings, cut after the first one; log-probs included."""
-    from suite.checkout import find_repo
-    from suite.data import load_prompts, token_ids
-    from suite.models import load_tokenizer
+    from suite.engines.models import load_tokenizer
+    from suite.problems.data import load_prompts, token_ids
+    from suite.spec.checkout import find_repo
 
     folder = find_repo() / "baselines/desk/qwen2-1m"
     tokenizer = load_tokenizer(folder)

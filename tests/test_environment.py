@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from suite import doctor, environment
-from suite.doctor import can_run
-from suite.environment import cpu_facts, fingerprint, parse_gpus, visible_gpus
-from suite.plan import Cell
+from suite.machine import doctor, environment
+from suite.machine.doctor import can_run
+from suite.machine.environment import cpu_facts, fingerprint, parse_gpus, visible_gpus
+from suite.spec.plan import Cell
 
 A100 = {"name": "NVIDIA A100-SXM4-80GB", "memory_gib": 79.2, "driver": "570.1", "compute_capability": "8.0"}
 LAPTOP = {
@@ -192,7 +192,7 @@ def test_git_state_tells_a_changed_checkout(tmp_path):
 
 
 def test_collecting_imports_no_engine():
-    code = ("import sys, suite.environment as e; e.fingerprint(e.collect()); "
+    code = ("import sys, suite.machine.environment as e; e.fingerprint(e.collect()); "
             "print({'torch', 'vllm', 'transformers'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

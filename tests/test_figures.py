@@ -7,9 +7,11 @@ import pytest
 from fakes import RL, block, claim, series_run, task_of
 from published import evidence, sums_of
 
-from suite.mismatch import estimates
-from suite.record import EVIDENCE_SCHEMA
-from suite.report import plots, plots_rl, points
+from suite.archive import points
+from suite.measure.mismatch import estimates
+from suite.record.run import EVIDENCE_SCHEMA
+from suite.report.figures import plots
+from suite.report.figures import rl as plots_rl
 
 STEPS = 12
 

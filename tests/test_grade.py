@@ -20,18 +20,11 @@ from fakes import (
 )
 
 from suite.errors import UserError
-from suite.grade import (
-    EXIT_CODES,
-    design_power,
-    grade_by_fingerprint,
-    grade_task,
-    verdict_line,
-    write_verdict,
-)
 from suite.grade.arms import arm_metrics
 from suite.grade.judge import ends_text, region_text
 from suite.grade.launches import unit_of
-from suite.precision import contract_breaches
+from suite.grade.verdict import EXIT_CODES, design_power, grade_by_fingerprint, grade_task, verdict_line, write_verdict
+from suite.spec.precision import contract_breaches
 
 RATIO = block("k3_nats_per_token", "ratio: [bf16, fp16]", "[16, 128]", "min_seeds: 3")
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8, "control-aa": 2.0**-5}

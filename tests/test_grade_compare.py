@@ -3,8 +3,8 @@
 import pytest
 from fakes import COMPARE, RL, block, claim, only, series_run, task_of, time_grade
 
-from suite.grade import Needed, grade_task
-from suite.validate import check
+from suite.grade.verdict import Needed, grade_task
+from suite.spec.validate import check
 
 FLOOR = (
     "controls:\n  - {name: control-floor, kind: floor, like: bf16, set: {precision: {rollout: fp32, train: fp32}, schedule: {steps: 4}}, "

@@ -4,9 +4,9 @@ import pytest
 from fakes import COMPARE, RL, block, claim, curve, event_grade, jittered, only, series_run, task_of, time_grade
 
 from suite.errors import UserError
-from suite.grade import Needed, grade_task
-from suite.plan import grid_points
-from suite.task import load_task
+from suite.grade.verdict import Needed, grade_task
+from suite.spec.plan import grid_points
+from suite.spec.task import load_task
 
 SANITY = "abcdef"  # panels of figure 1: GRPO, Token-TIS, Seq-MIS, GSPO, PG-Seq-IS, PG-Seq-MIS
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from fakes import RL, block, claim, event_grade, only, run_of, series_run, task_of
 
-from suite import stats
-from suite.estimands import estimands_of
-from suite.grade import grade_task
 from suite.grade.contrasts import Levels, share_of_trials, shares_of
 from suite.grade.judge import num_pairs
 from suite.grade.launches import Launch
-from suite.task import load_all
-from suite.validate_controls import guard_errors, margin_of, unguarded
+from suite.grade.verdict import grade_task
+from suite.measure import stats
+from suite.spec.estimands import estimands_of
+from suite.spec.task import load_all
+from suite.spec.validate_controls import guard_errors, margin_of, unguarded
 
 FLOOR = "floor: {at_least: 0.7, derivation: test}"
 NOISE = np.array([0.01, -0.01, 0.0, 0.005, -0.005])
@@ -194,7 +194,7 @@ def test_the_margin_of_a_claim_is_half_its_region():
 def grade_of(text: str):
     from yaml import safe_load
 
-    from suite.task import Grade
+    from suite.spec.task import Grade
 
     raw = safe_load("{" + text + "}")
     raw["tolerance"]["date"] = str(raw["tolerance"]["date"])

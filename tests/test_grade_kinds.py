@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fakes import RL, block, claim, event_grade, only, series_run, task_of, time_grade
 
-from suite.grade import grade_task
 from suite.grade.launches import reduced
+from suite.grade.verdict import grade_task
 
 FALLS = np.concatenate([np.linspace(0.5, 0.8, 60), np.linspace(0.8, 0.4, 60)])
 RISES = np.linspace(0.5, 0.9, 120)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, offline_run, only, prompt_table, run_of, series_run, task_of
 
-from suite.grade import Needed, grade_task
+from suite.grade.verdict import Needed, grade_task
 
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8}
 RATIO = block("k3_nats_per_token", "ratio: [bf16, fp16]", "[16, 128]", "min_seeds: 3")

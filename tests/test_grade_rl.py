@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fakes import RL, block, claim, event_grade, only, run_of, series_run, task_of
 
-from suite import stats
-from suite.grade import grade_task
+from suite.grade.verdict import grade_task
+from suite.measure import stats
 
 FOUR_UPDATES = RL.replace("minibatches: 1", "minibatches: 4")
 FLAT = np.full(40, 0.8)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, run_of, series_run, task_of
 
-from suite.grade import Needed, design_power, grade_task
 from suite.grade.contrasts import Levels
-from suite.task import load_task
+from suite.grade.verdict import Needed, design_power, grade_task
+from suite.spec.task import load_task
 
 REPEATS = 300
 SD = 0.25  # of the log-ratio between launches: what power.py supposes for k3

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from suite import cli
+from suite.cli import main as cli
 from suite.errors import UserError, WorkersFailed
-from suite.launch import Place, deal, places, run_workers
-from suite.plan import Cell, plan
-from suite.record import read_metrics
-from suite.task import load_task
+from suite.machine.processes import Place, deal, places, run_workers
+from suite.record.run import read_metrics
+from suite.spec.plan import Cell, plan
+from suite.spec.task import load_task
 
 REPO = Path(__file__).resolve().parents[1]
 ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -99,7 +99,7 @@ def test_a_launcher_starts_every_worker_with_its_cells_and_lines_are_passed_on(t
 
 
 def test_one_failing_worker_is_told_and_the_others_finish_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("suite.launch.GRACE_SECONDS", 0)
+    monkeypatch.setattr("suite.machine.processes.GRACE_SECONDS", 0)
     body = f"time.sleep(0.5 * ('c6' in names)); open({str(tmp_path)!r} + '/' + names[0], 'w'); sys.exit(11 * ('c0' in names))"
     with pytest.raises(WorkersFailed, match=r"worker 0 \(exit 11\) of 2 failed") as problem:
         run_workers(deal(CELLS, 2), [Place()] * 2, [], launcher=stub(tmp_path, body))
@@ -120,7 +120,7 @@ time.sleep(300)
 PARENT = """
 import sys
 from pathlib import Path
-from suite import launch
+from suite.machine import processes as launch
 from test_launch import CELLS, SLEEPER, stub
 launch.GRACE_SECONDS = 1
 folder = Path(sys.argv[1])
@@ -154,8 +154,8 @@ def test_the_exit_code_is_that_of_the_worker(monkeypatch, capsys, code, told):
     def fail(*_, **__):
         raise WorkersFailed("worker 0 failed", code)
 
-    monkeypatch.setattr("suite.launch.run_workers", fail)
-    monkeypatch.setattr("suite.verbs._check_machine", lambda task, runs_dir: None)
+    monkeypatch.setattr("suite.machine.processes.run_workers", fail)
+    monkeypatch.setattr("suite.cli.verbs._check_machine", lambda task, runs_dir: None)
     monkeypatch.chdir(REPO)
     assert cli.main(["reproduce", "desk-offline-mismatch", "--nproc", "1", "--launcher", "nice"]) == told
     last = capsys.readouterr().out.splitlines()[-1]

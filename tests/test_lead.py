@@ -2,7 +2,7 @@
 
 import pytest
 
-from suite.lead import WATCHED, leads, moved_at
+from suite.measure.lead import WATCHED, leads, moved_at
 
 
 def run(num=60, fall=40, rise=30):
@@ -40,7 +40,7 @@ def test_the_text_counts_launches_and_says_what_never_moved():
     pytest.importorskip("matplotlib")
     from types import SimpleNamespace
 
-    from suite.report.plots_fall import lead_text
+    from suite.report.figures.fall import lead_text
 
     runs = [SimpleNamespace(metrics=run(rise=rise)) for rise in (30, 31, 32)] + [SimpleNamespace(metrics=run(fall=60))]
     text = lead_text(runs)

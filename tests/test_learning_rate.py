@@ -4,9 +4,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from suite.learning_rate import learning_rate  # noqa: E402
-from suite.trainers.loss_scale import LossScaler  # noqa: E402
-from suite.trainers.masters import MasterWeights  # noqa: E402
+from suite.engines.trainers.loss_scale import LossScaler  # noqa: E402
+from suite.engines.trainers.masters import MasterWeights  # noqa: E402
+from suite.spec.learning_rate import learning_rate  # noqa: E402
 
 OPTIMIZER = {"name": "adamw", "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 STEP = {"kind": "step", "every": 3, "factor": 0.5}

@@ -8,12 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from suite.algorithms import resolve  # noqa: E402
-from suite.errors import UserError  # noqa: E402
-from suite.precision import torch_dtype  # noqa: E402
-from suite.trainers import load_trainer  # noqa: E402
 from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
 from test_dense_trainer import BF16, FP16, FP32, minibatch, sequences  # noqa: E402
+
+from suite.engines.arithmetic import torch_dtype  # noqa: E402
+from suite.engines.trainers.load import load_trainer  # noqa: E402
+from suite.errors import UserError  # noqa: E402
+from suite.spec.algorithms import resolve  # noqa: E402
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = {"rank": 4, "alpha": 8, "targets": SEVEN}
@@ -170,8 +171,8 @@ class BaseAlone:
 @pytest.mark.parametrize("precision", [FP32, BF16])
 def test_the_sampler_follows_the_adapters_and_forgotten_ones_are_caught(model, precision):
     pytest.importorskip("vllm")
-    from suite.rollouts import load_sampler
-    from suite.sync import Probe, SyncError, prove_sync, sync_weights
+    from suite.engines.samplers.load import load_sampler
+    from suite.engines.sync import Probe, SyncError, prove_sync, sync_weights
 
     dtype = precision["rollout"]
     sampler = load_sampler(model, ROLLOUT, dtype, [EOS])

@@ -10,7 +10,7 @@ import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from suite.trainers.loss_scale import LossScaler
+from suite.engines.trainers.loss_scale import LossScaler
 
 
 def parameter_with_grad(*values, dtype=torch.float32):

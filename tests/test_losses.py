@@ -6,8 +6,8 @@ import pytest
 import torch
 from slow_losses import LENGTH_NORM, REFERENCES, make_batch, reference, rows_of, run
 
-from suite.algorithms import ALGORITHMS
-from suite.losses import LossStatistics, advantages
+from suite.engines.losses import LossStatistics, advantages
+from suite.spec.algorithms import ALGORITHMS
 
 EVERY_ROW = pytest.mark.parametrize("name", ALGORITHMS)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from jaxtyping import jaxtyped
 
-from suite.algorithms import ALGORITHMS
-from suite.losses import advantages, policy_loss
+from suite.engines.losses import advantages, policy_loss
+from suite.spec.algorithms import ALGORITHMS
 
 # --- advantages ------------------------------------------------------------------------------------------------------
 

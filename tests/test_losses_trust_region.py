@@ -6,8 +6,8 @@ import pytest
 import torch
 from slow_losses import LENGTH_NORM, make_batch, rows_of, run
 
-from suite.algorithms import ALGORITHMS, resolve
-from suite.losses import policy_loss
+from suite.engines.losses import policy_loss
+from suite.spec.algorithms import ALGORITHMS, resolve
 
 RATIO_ROWS = [name for name, row in ALGORITHMS.items() if row.anchor and row.weight != "old/rollout"]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from suite.trainers.loss_scale import LossScaler
-from suite.trainers.masters import MasterWeights
+from suite.engines.trainers.loss_scale import LossScaler
+from suite.engines.trainers.masters import MasterWeights
 
 OPTIMIZER = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from suite import mismatch as mm
-from suite.resolved import bin_sums, full_vocabulary_kl, token_property
+from suite.measure import mismatch as mm
+from suite.measure.bins import bin_sums, full_vocabulary_kl, token_property
 
 HALF, QUARTER, TENTH = math.log(0.5), math.log(0.25), math.log(0.1)
 

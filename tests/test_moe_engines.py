@@ -10,12 +10,13 @@ pytest.importorskip("vllm")
 pytest.importorskip("megatron.core")
 
 from safetensors.torch import save_file  # noqa: E402
-from suite.rollouts import load_sampler  # noqa: E402
-from suite.routing import routing_disagreement  # noqa: E402
-from suite.sync import sync_weights  # noqa: E402
 from small_models import EOS, ROLLOUT, as_sequences, some_requests, write_model  # noqa: E402
 from test_dense_trainer import FP32, plain_logprobs  # noqa: E402
 from test_moe_trainer import steps, trainer  # noqa: E402
+
+from suite.engines.samplers.load import load_sampler  # noqa: E402
+from suite.engines.sync import sync_weights  # noqa: E402
+from suite.measure.routing import routing_disagreement  # noqa: E402
 
 pytestmark = pytest.mark.engine
 

@@ -10,13 +10,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("megatron.core")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
-from suite.algorithms import resolve  # noqa: E402
-from suite.errors import DataError, UserError  # noqa: E402
-from suite.routing import disagreement  # noqa: E402
-from suite.trainers import load_trainer  # noqa: E402
-from suite.trainers.megatron_names import read_shape, read_weights, table  # noqa: E402
 from small_models import OPTIMIZER, TRAIN, write_model  # noqa: E402
 from test_dense_trainer import BF16, FP16, FP32, minibatch, plain_logprobs, sequences  # noqa: E402
+
+from suite.engines.trainers.load import load_trainer  # noqa: E402
+from suite.engines.trainers.megatron_names import read_shape, read_weights, table  # noqa: E402
+from suite.errors import DataError, UserError  # noqa: E402
+from suite.measure.routing import disagreement  # noqa: E402
+from suite.spec.algorithms import resolve  # noqa: E402
 
 MOE = TRAIN | {"engine": "moe", "optimizer": OPTIMIZER, "grad_clip": None}
 
@@ -265,7 +266,7 @@ def test_the_share_of_a_run_weights_its_batches_by_their_tokens():
 def test_the_shims_hold_for_megatron_alone_and_refuse_a_gpu(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: the shims are not imported")
-    from suite.trainers import megatron_cpu
+    from suite.engines.trainers import megatron_cpu
 
     megatron_cpu.apply()
     megatron_cpu.apply()

@@ -13,16 +13,18 @@ import pytest
 
 pytest.importorskip("torch")
 
-from suite.errors import NotRunnable, UserError  # noqa: E402
-from suite.evidence import flat  # noqa: E402
-from suite.plan import Cell  # noqa: E402
-from suite.precision import unsaid_points  # noqa: E402
-from suite.protocols import Session, offline  # noqa: E402
-from suite.manifest import check_manifest  # noqa: E402
-from suite.record import Run, find_runs, read_evidence  # noqa: E402
-from suite.writer import open_run  # noqa: E402
 from small_models import ROLLOUT, TRAIN  # noqa: E402
 from test_record import OneTask  # noqa: E402
+
+from suite.errors import NotRunnable, UserError  # noqa: E402
+from suite.protocols import offline  # noqa: E402
+from suite.protocols.session import Session  # noqa: E402
+from suite.record.evidence import flat  # noqa: E402
+from suite.record.manifest import check_manifest  # noqa: E402
+from suite.record.run import Run, find_runs, read_evidence  # noqa: E402
+from suite.record.writer import open_run  # noqa: E402
+from suite.spec.plan import Cell  # noqa: E402
+from suite.spec.precision import unsaid_points  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -60,7 +62,7 @@ def finished(tmp_path_factory):
 
 def test_one_load_of_vllm_serves_every_seed_and_trainer_of_a_sampler_precision(tmp_path, monkeypatch):
     pytest.importorskip("vllm")
-    from suite.rollouts.vllm import VllmSampler
+    from suite.engines.samplers.vllm import VllmSampler
 
     loads, init = [], VllmSampler.__init__
     monkeypatch.setattr(VllmSampler, "__init__", lambda self, *args: (loads.append(args[2]), init(self, *args))[1])

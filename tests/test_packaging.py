@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 REPO = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
@@ -53,9 +54,9 @@ def test_both_locks_train_with_the_same_code():
         assert pins("cpu")[name] == pins("gpu")[name]
 
 
-def test_every_package_folder_is_listed():
-    folders = {".".join(path.parent.relative_to(REPO).parts) for path in (REPO / "suite").rglob("__init__.py")}
-    assert folders == set(PYPROJECT["tool"]["setuptools"]["packages"])
+def test_every_folder_of_modules_is_a_package_and_is_found():
+    found = set(find_packages(str(REPO), include=PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]))
+    assert found == {".".join(path.parent.relative_to(REPO).parts) for path in (REPO / "suite").rglob("*.py")}
 
 
 def test_the_package_is_python_and_what_people_read_about_it():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from suite.latex_text import latex_text
-from suite.paper_graders import mathd_form, mathd_sympy, oat, sympy_form
+from suite.problems.latex_text import latex_text
+from suite.problems.paper_graders import mathd_form, mathd_sympy, oat, sympy_form
 
 # gold, answer, VeRL's verdict, OAT's
 KNOWN = [

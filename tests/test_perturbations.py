@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from suite.perturbations import PERTURBATIONS, dealt_to_others, perturbed
+from suite.spec.perturbations import PERTURBATIONS, dealt_to_others, perturbed
 
 OLD = [np.log(np.array([0.5, 0.05], np.float32)), np.log(np.array([0.9], np.float32))]
 ROLLOUT = [np.log(np.array([0.4, 0.06], np.float32)), np.log(np.array([0.8], np.float32))]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from suite.precision import COARSE_FORMATS, DTYPES, FORMATS, Precision, contract_breaches, dtype_name
+from suite.spec.precision import COARSE_FORMATS, DTYPES, FORMATS, Precision, contract_breaches, dtype_name
 
 
 def test_unsaid_points_follow_their_engine():

@@ -7,17 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from suite.data import INSTRUCTION
 from suite.errors import DataError, NotRunnable
-from suite.estimands import DATASET_ESTIMANDS
-from suite.estimands import ESTIMANDS as MISMATCH_ESTIMANDS
-from suite.plan import plan
-from suite.protocols import Session
+from suite.problems.data import INSTRUCTION
 from suite.protocols.dataset import find_tokenizer, measure_dataset, run, variants
-from suite.record import read_metrics, read_run
-from suite.writer import open_run
-from suite.task import find_repo, load_task
-from suite.validate import check
+from suite.protocols.session import Session
+from suite.record.run import read_metrics, read_run
+from suite.record.writer import open_run
+from suite.spec.estimands import DATASET_ESTIMANDS
+from suite.spec.estimands import ESTIMANDS as MISMATCH_ESTIMANDS
+from suite.spec.plan import plan
+from suite.spec.task import find_repo, load_task
+from suite.spec.validate import check
 
 
 def verl_row(problem: str, gold: str) -> dict:

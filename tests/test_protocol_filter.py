@@ -7,19 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from suite.batch import Request, Rollout, request_seed
-from suite.data import load_prompts
-from suite.desk.problems import TEMPLATE_END
+from suite.engines.batch import Request, Rollout, request_seed
 from suite.errors import DataError, NotRunnable
-from suite.grade import grade_task
-from suite.kept import KeptProblem, in_band, problem_texts, read_kept, write_kept
-from suite.plan import plan
-from suite.protocols import Session, filter
-from suite.protocols.engines import reward_pool
-from suite.manifest import check_manifest
-from suite.record import read_run
-from suite.writer import open_run
-from suite.task import find_repo, load_task
+from suite.grade.verdict import grade_task
+from suite.problems.data import load_prompts
+from suite.problems.desk import TEMPLATE_END
+from suite.problems.kept import KeptProblem, in_band, problem_texts, read_kept, write_kept
+from suite.protocols import filter
+from suite.protocols.engine_pool import reward_pool
+from suite.protocols.session import Session
+from suite.record.manifest import check_manifest
+from suite.record.run import read_run
+from suite.record.writer import open_run
+from suite.spec.plan import plan
+from suite.spec.task import find_repo, load_task
 
 NUM_SAMPLES = 40
 SOLVED = (0, 7, 8, 20, 32, 33, 40)  # correct responses of problem 0, 1, ...; 8 and 32 of 40 are the ends of the band

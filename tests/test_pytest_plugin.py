@@ -9,9 +9,9 @@ from importlib.metadata import entry_points
 import published as fakes
 import pytest
 
-from suite.manifest import write_manifest
-from suite.report.publishing import publish_task
-from suite.task import load_task
+from suite.archive.publishing import publish_task
+from suite.record.manifest import write_manifest
+from suite.spec.task import load_task
 
 pytest_plugins = "pytester"
 

@@ -12,19 +12,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from suite import cli  # noqa: E402
-from suite.algorithms import resolve  # noqa: E402
-from suite.launch import _as_ranks  # noqa: E402
-from suite.plan import Cell  # noqa: E402
-from suite.protocols import Session  # noqa: E402
-from suite.ranks import PeerLost, Ranks, ReplicaError, join  # noqa: E402
-from suite.trainers import load_trainer  # noqa: E402
 from small_models import OPTIMIZER, TRAIN, write_model  # noqa: E402
 from test_dense_trainer import FP16, FP32, minibatch, sequences  # noqa: E402
-from suite.record import read_metrics  # noqa: E402
-from suite.writer import SilentWriter, open_run  # noqa: E402
-from test_record import OneTask  # noqa: E402
 from test_launch import ON_CPU, REPO, finish, needs_two_cores  # noqa: E402
+from test_record import OneTask  # noqa: E402
+
+from suite.cli import main as cli  # noqa: E402
+from suite.engines.ranks import PeerLost, Ranks, ReplicaError, join  # noqa: E402
+from suite.engines.trainers.load import load_trainer  # noqa: E402
+from suite.machine.processes import _as_ranks  # noqa: E402
+from suite.protocols.session import Session  # noqa: E402
+from suite.record.run import read_metrics  # noqa: E402
+from suite.record.writer import SilentWriter, open_run  # noqa: E402
+from suite.spec.algorithms import resolve  # noqa: E402
+from suite.spec.plan import Cell  # noqa: E402
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

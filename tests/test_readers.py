@@ -6,12 +6,13 @@ import json
 
 import numpy as np
 import pytest
-
-from suite import dump
-from suite.cli import main
-from suite.errors import UserError
-from suite.readers import Source, no_pairs
 from test_dump import make_rows, make_task
+
+from suite.cli.main import main
+from suite.dumps import dump
+from suite.dumps.readers import no_pairs
+from suite.dumps.readers.sources import Source
+from suite.errors import UserError
 
 K3 = "k3_nats_per_token"
 
@@ -98,7 +99,7 @@ def test_a_folder_of_shards_has_the_numbers_of_its_rollouts(tmp_path, form):
 
 
 def read(form, path, **launch):
-    from suite.dump_files import Shard
+    from suite.dumps.files import Shard
 
     return list(Source(form, **{"arm": "bf16", "seed": 0} | launch).read(Shard(path)))
 
@@ -144,7 +145,7 @@ def test_the_dump_of_slimes_sampler_alone_is_refused_with_the_flag_to_give(tmp_p
 
 @pytest.mark.parametrize("form", sorted(no_pairs.WHAT_TO_DO))
 def test_files_without_both_logprobs_are_refused_with_what_to_write(tmp_path, form):
-    with pytest.raises(UserError, match=rf"a file of {form}: .*\(.*dump.md"):
+    with pytest.raises(UserError, match=rf"a file of {form}: .*\(.*dumps/README.md"):
         read(form, tmp_path / "any.jsonl")
 
 

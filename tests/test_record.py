@@ -17,9 +17,9 @@ import pytest
 from suite import files, signals
 from suite.errors import NotRunnable, UserError
 from suite.files import write_json
-from suite.manifest import check_manifest, write_manifest
-from suite.record import BESIDES, EVIDENCE_SCHEMA, Run, find_runs, read_evidence, read_metrics, read_run
-from suite.writer import failure, open_run
+from suite.record.manifest import check_manifest, write_manifest
+from suite.record.run import BESIDES, EVIDENCE_SCHEMA, Run, find_runs, read_evidence, read_metrics, read_run
+from suite.record.writer import failure, open_run
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from suite import cli
-from suite.plan import plan
-from suite.rehearse import rehearsal
-from suite.settings import REQUIRED, Settings
-from suite.task import load_all, load_task
+from suite.cli import main as cli
+from suite.protocols.rehearse import rehearsal
+from suite.spec.plan import plan
+from suite.spec.settings import REQUIRED, Settings
+from suite.spec.task import load_all, load_task
 
 TASKS = load_all()
 WITH_ENGINES = [name for name, task in TASKS.items() if task.protocol not in ("dataset", "compare")]

@@ -15,15 +15,16 @@ import published as fakes
 import pyarrow.parquet as pq
 import pytest
 
-import suite.report
-from suite.mismatch import estimates
-from suite.record import find_runs
-from suite.report import points, readme, rows, scrubbing, tables
+from suite.archive import points, scrubbing
+from suite.archive.publishing import publish_task, published_runs
+from suite.archive.scrubbing import scrub, scrub_text
+from suite.measure.mismatch import estimates
+from suite.record.run import find_runs
+from suite.report import readme, rows, tables
+from suite.report import verbs as report_verbs
 from suite.report.findings import NOT_YET, QUESTIONS, Finding, findings
 from suite.report.generate import generated_files
-from suite.report.publishing import publish_task, published_runs
-from suite.report.scrubbing import scrub, scrub_text
-from suite.task import load_all, load_task
+from suite.spec.task import load_all, load_task
 
 HOST, USER = "builder-17.lab.example", "someuser"
 
@@ -42,7 +43,7 @@ def shared(tmp_path_factory):
         patch.chdir(repo)
         patch.setattr(socket, "gethostname", lambda: HOST)
         patch.setattr(getpass, "getuser", lambda: USER)
-        assert suite.report.publish("desk-tiny", repo / "runs", repo / "results") == 0
+        assert report_verbs.publish("desk-tiny", repo / "runs", repo / "results") == 0
     return repo
 
 
@@ -231,7 +232,7 @@ def test_a_new_version_replaces_the_runs_of_the_old_one(repo):
 def test_nothing_recorded_is_exit_14(repo):
     shutil.rmtree(repo / "runs")
     shutil.rmtree(repo / "results")
-    assert suite.report.publish("desk-tiny", repo / "runs", repo / "results") == 14
+    assert report_verbs.publish("desk-tiny", repo / "runs", repo / "results") == 14
 
 
 def test_metrics_are_zipped_without_time_or_name(repo):
@@ -469,7 +470,7 @@ def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
         path.write_text(path.read_text() + "edited by hand")
     (folder_of(repo) / "figures" / "old.svg").write_text("<svg/>")
     (repo / "results" / "results.tex").unlink()
-    assert suite.report.report(repo / "results", check=True) == 1
+    assert report_verbs.report(repo / "results", check=True) == 1
     out = capsys.readouterr().out
     for text in (
         "RESULTS.md (different)",
@@ -480,20 +481,20 @@ def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
     ):
         assert text in out
     assert all(path.read_text().endswith("edited by hand") for path in edited)
-    assert suite.report.report(repo / "results") == 0
-    assert suite.report.report(repo / "results", check=True) == 0
+    assert report_verbs.report(repo / "results") == 0
+    assert report_verbs.report(repo / "results", check=True) == 0
     assert not (folder_of(repo) / "figures" / "old.svg").exists()
 
 
 def test_the_readme_beside_the_results_is_kept_like_the_tables(repo):
     path = repo / "README.md"
     path.write_text("before\n{}\nstale\n{}\nbetween\n{}\nstale\n{}\nafter\n".format(*readme.FINDINGS, *readme.DOSE))
-    assert suite.report.report(repo / "results", check=True) == 1
-    assert suite.report.report(repo / "results") == 0
+    assert report_verbs.report(repo / "results", check=True) == 1
+    assert report_verbs.report(repo / "results") == 0
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nbetween\n" in text and "stale" not in text
     assert "not published yet" in text and "No RL task of the desk tier is published." in text
-    assert suite.report.report(repo / "results", check=True) == 0
+    assert report_verbs.report(repo / "results", check=True) == 0
     with pytest.raises(ValueError, match="README.md: found no generated part"):
         readme.with_results("no markers", [], [])
 
@@ -513,7 +514,7 @@ def test_a_finding_answers_from_the_verdicts_of_its_claims_and_says_where_none_i
 
 
 def test_every_question_asks_claims_that_tasks_have():
-    from suite.task import load_all
+    from suite.spec.task import load_all
 
     tasks = load_all()
     for question, asked in QUESTIONS:
@@ -539,8 +540,8 @@ def test_tasks_that_were_never_run_are_a_list_and_not_a_table_of_nothing():
 def test_regenerating_never_blesses_a_changed_record(repo):
     record = next(folder_of(repo).rglob("record.json"))
     record.write_text(record.read_text().replace('"finished_utc": "2', '"finished_utc": "1'))
-    suite.report.report(repo / "results")
-    assert suite.report.verify(None, repo / "results") == 1
+    report_verbs.report(repo / "results")
+    assert report_verbs.verify(None, repo / "results") == 1
 
 
 def test_figures_are_svg_with_the_exact_numbers_printed_in_them(repo):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from suite.data import load_prompts
-from suite.rewards import Reward, RewardPool, desk_reward, extract_answer, quick_verdict
-from suite import workers
-from suite.workers import START_ATTEMPTS, Workers
+from suite.problems import grader_pool as workers
+from suite.problems.data import load_prompts
+from suite.problems.grader_pool import START_ATTEMPTS, Workers
+from suite.problems.rewards import Reward, RewardPool, desk_reward, extract_answer, quick_verdict
 
 CORRECT, WRONG = Reward(1.0, "correct"), Reward(0.0, "wrong")
 
@@ -373,6 +373,6 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypat
 
 def test_workers_load_no_torch():
     heavy = "{'torch', 'transformers', 'pandas', 'datasets'}"
-    code = f"import sys, suite.rewards, suite.workers, math_verify; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, suite.problems.rewards, suite.problems.grader_pool, math_verify; print(sorted({heavy} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

@@ -15,18 +15,20 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from suite.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from suite.data import load_prompts, token_ids  # noqa: E402
-from suite.errors import UserError  # noqa: E402
-from suite.models import load_tokenizer  # noqa: E402
-from suite.plan import Cell  # noqa: E402
-from suite.precision import contract_breaches, unsaid_points  # noqa: E402
-from suite.protocols import Session, rl  # noqa: E402
-from suite.record import Run, find_runs, read_evidence, read_metrics  # noqa: E402
-from suite.task import find_repo  # noqa: E402
-from suite.writer import open_run  # noqa: E402
 from small_models import OPTIMIZER, ROLLOUT  # noqa: E402
 from test_record import OneTask  # noqa: E402
+
+from suite.engines.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from suite.engines.models import load_tokenizer  # noqa: E402
+from suite.errors import UserError  # noqa: E402
+from suite.problems.data import load_prompts, token_ids  # noqa: E402
+from suite.protocols import rl  # noqa: E402
+from suite.protocols.session import Session  # noqa: E402
+from suite.record.run import Run, find_runs, read_evidence, read_metrics  # noqa: E402
+from suite.record.writer import open_run  # noqa: E402
+from suite.spec.plan import Cell  # noqa: E402
+from suite.spec.precision import contract_breaches, unsaid_points  # noqa: E402
+from suite.spec.task import find_repo  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -208,7 +210,7 @@ def test_no_problem_comes_twice_in_a_step_and_every_pass_has_another_order():
 
 
 def test_log_probs_that_are_not_finite_end_the_run_as_diverged(tmp_path, monkeypatch):
-    from suite.trainers.dense import DenseTrainer
+    from suite.engines.trainers.dense import DenseTrainer
 
     score = DenseTrainer.score
 
@@ -225,7 +227,7 @@ def test_log_probs_that_are_not_finite_end_the_run_as_diverged(tmp_path, monkeyp
 
 def test_a_gap_above_the_old_floor_is_proved_again_and_the_run_goes_on(straight, tmp_path, monkeypatch):
     """Weights may move to where the engines agree less; that is no stale tensor."""
-    from suite.sync import Probe
+    from suite.engines.sync import Probe
 
     proofs, answers, prove, holds = [], [], rl.prove_sync, Probe.holds
 
@@ -267,7 +269,7 @@ def test_lr_zero_changes_no_weight_and_no_mismatch_beyond_sampling(tmp_path):
 
 
 def test_a_sampler_that_dies_leaves_a_failed_run_that_resumes(straight, tmp_path, monkeypatch):
-    from suite.rollouts.hf import HfSampler
+    from suite.engines.samplers.hf import HfSampler
 
     sample, calls = HfSampler.sample, []
 
@@ -287,8 +289,9 @@ def test_a_sampler_that_dies_leaves_a_failed_run_that_resumes(straight, tmp_path
 
 def test_vllm_dying_in_mid_run_leaves_a_failed_run_that_resumes_and_says_what_it_ran_in(tmp_path, monkeypatch):
     pytest.importorskip("vllm")
-    from suite.rollouts.vllm import VllmSampler
     from vllm.v1.engine.exceptions import EngineDeadError
+
+    from suite.engines.samplers.vllm import VllmSampler
 
     changes = {"rollout__engine": "vllm", "schedule__steps": 3, "schedule__checkpoint_every": 1}
     sample, calls = VllmSampler.sample, []
@@ -316,7 +319,7 @@ def test_vllm_dying_in_mid_run_leaves_a_failed_run_that_resumes_and_says_what_it
 
 
 def test_the_wire_is_read_from_what_travelled(tmp_path, monkeypatch):
-    from suite.trainers.dense import DenseTrainer
+    from suite.engines.trainers.dense import DenseTrainer
 
     weights = DenseTrainer.named_weights
     monkeypatch.setattr(DenseTrainer, "named_weights", lambda self, dtype: weights(self, torch.bfloat16))

@@ -7,12 +7,12 @@ from pathlib import Path
 import published as fakes
 import pytest
 
-from suite import cli
+from suite.archive.publishing import publish_task
+from suite.cli import main as cli
 from suite.errors import UserError
-from suite.report.publishing import publish_task
-from suite.record import read_metrics
+from suite.record.run import read_metrics
 from suite.report.side_by_side import _agreement, side_by_side
-from suite.task import load_task
+from suite.spec.task import load_task
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from suite import mismatch, stats
+from suite.measure import mismatch, stats
 
 T_90_3 = 2.919985580  # Student t, 95th percentile, 2 degrees of freedom
 

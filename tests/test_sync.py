@@ -5,10 +5,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from suite.rollouts import load_sampler  # noqa: E402
-from suite.sync import Gap, Probe, SyncError, prove_sync, sync_weights  # noqa: E402
-from suite.trainers import load_trainer  # noqa: E402
 from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
+
+from suite.engines.samplers.load import load_sampler  # noqa: E402
+from suite.engines.sync import Gap, Probe, SyncError, prove_sync, sync_weights  # noqa: E402
+from suite.engines.trainers.load import load_trainer  # noqa: E402
 
 pytestmark = pytest.mark.engine
 

@@ -9,9 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from suite.errors import TaskError, UserError
-from suite.strict_yaml import TaskErrors, parse_yaml, read_yaml
-from suite.task import axis_label, deep_merge, find_repo, json_schema, load_all, load_task, read_task
-from suite.validate import check, contrast_range, require_valid, validate_file
+from suite.spec.strict_yaml import TaskErrors, parse_yaml, read_yaml
+from suite.spec.task import axis_label, deep_merge, find_repo, json_schema, load_all, load_task, read_task
+from suite.spec.validate import check, contrast_range, require_valid, validate_file
 
 REPO = Path(__file__).resolve().parents[1]
 GOOD = """\
@@ -420,7 +420,7 @@ def test_names_of_a_task_that_runs_no_engine_are_checked_as_well(checkout):
 
 def test_the_tasks_that_a_comparison_needs_are_read_once_each(checkout, monkeypatch):
     reads = []
-    monkeypatch.setattr("suite.validate.read_task", lambda path: reads.append(path.stem) or read_task(path))
+    monkeypatch.setattr("suite.spec.validate.read_task", lambda path: reads.append(path.stem) or read_task(path))
     checkout()
     claims = "".join(f"  - {{id: C1-{i}, about: C1, statement: s, kind: report}}\n" for i in range(9))
     grades = "".join(f"  C1-{i}: {{estimand: k3_nats_per_token, contrast: {{arm: tiny-bf16}}}}\n" for i in range(9))
@@ -457,7 +457,7 @@ def test_a_task_outside_a_checkout_needs_one(tmp_path, monkeypatch):
 
 def test_the_json_schema_in_the_repository_is_current():
     assert (REPO / "tasks" / "schema.json").read_text() == json_schema(), (
-        "run: python -m suite.task > tasks/schema.json"
+        "run: python -m suite.spec.task > tasks/schema.json"
     )
 
 

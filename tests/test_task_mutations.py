@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from suite.cli import main
-from suite.plan import plan
-from suite.show import print_task, summary
-from suite.task import read_task
-from suite.validate import validate_file
+from suite.cli.main import main
+from suite.cli.show import print_task, summary
+from suite.spec.plan import plan
+from suite.spec.task import read_task
+from suite.spec.validate import validate_file
 
 REPO = Path(__file__).resolve().parents[1]
 NUM = int(os.environ.get("SUITE_MUTATIONS", 40))

@@ -3,8 +3,8 @@
 import pytest
 from fakes import OFFLINE, RL, block, claim, event_grade, task_of
 
-from suite.strict_yaml import TaskErrors
-from suite.validate import check
+from suite.spec.strict_yaml import TaskErrors
+from suite.spec.validate import check
 
 GRADE = block("reward_mean", "arm: fp16", "[0.95, 1.0]", "reducer: epoch_mean, window: 4")
 
@@ -186,7 +186,7 @@ def test_evaluation_needs_problems_and_a_cadence(tmp_path, held_out, every, said
 
 
 def _errors(tmp_path, text):
-    from suite.strict_yaml import TaskErrors
+    from suite.spec.strict_yaml import TaskErrors
 
     try:
         return check(task_of(tmp_path, text, claim("threshold", GRADE)))[0]

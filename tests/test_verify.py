@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import suite.report
-from suite.plan import Cell
+from suite.archive.publishing import compute_verdict, publish_task
+from suite.archive.verifying import compare, verify_published
 from suite.files import write_json
-from suite.manifest import write_manifest
-from suite.report.publishing import compute_verdict, publish_task
-from suite.report.verifying import compare, verify_published
-from suite.task import load_task
+from suite.record.manifest import write_manifest
+from suite.report import verbs as report_verbs
+from suite.spec.plan import Cell
+from suite.spec.task import load_task
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +59,15 @@ def change_verdict(repo, change):
 
 
 def test_what_was_just_published_verifies(repo, capsys):
-    assert suite.report.verify(None, repo / "results") == 0
+    assert report_verbs.verify(None, repo / "results") == 0
     assert "1 published verdicts recomputed, 0 differences" in capsys.readouterr().out
-    assert suite.report.verify("desk-tiny", repo / "results") == 0
+    assert report_verbs.verify("desk-tiny", repo / "results") == 0
 
 
 def test_nothing_published_is_exit_14(repo):
-    assert suite.report.verify("no-such-task", repo / "results") == 14
+    assert report_verbs.verify("no-such-task", repo / "results") == 14
     shutil.rmtree(repo / "results")
-    assert suite.report.verify(None, repo / "results") == 14
+    assert report_verbs.verify(None, repo / "results") == 14
 
 
 def test_the_published_verdict_is_the_one_the_noise_was_made_for(repo):
@@ -84,7 +84,7 @@ def test_a_flattered_estimate_is_found(repo):
 def test_a_turned_verdict_is_found(repo):
     change_verdict(repo, lambda v: v.update(verdict="PASS" if v["verdict"] != "PASS" else "FAIL"))
     assert any(".json: verdict: published" in line for line in differences(repo))
-    assert suite.report.verify(None, repo / "results") == 1
+    assert report_verbs.verify(None, repo / "results") == 1
 
 
 def test_rounding_below_1e_9_is_no_difference(repo):
@@ -128,7 +128,7 @@ def test_a_task_that_moved_on_is_stale_and_not_passed(repo, key, label):
     fakes.checkout(repo, fakes.TASK.replace(f"\n{key}: 1", f"\n{key}: 2"))
     (line,) = differences(repo)
     assert f"stale: {label} 1, the task is at 2" in line
-    assert suite.report.verify(None, repo / "results") == 1
+    assert report_verbs.verify(None, repo / "results") == 1
 
 
 def test_a_setting_changed_without_a_new_version_is_found(repo):
@@ -281,7 +281,7 @@ def test_sums_that_no_rollouts_add_up_to_are_named(repo, column, change, word):
 def test_a_finished_run_without_sums_is_named(repo):
     next(folder_of(repo).glob("bf16.s1/*/evidence_summary.parquet")).unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("suite.report.verifying._verdict_differences", lambda *_: [])
+        patch.setattr("suite.archive.verifying._verdict_differences", lambda *_: [])
         write_manifest(folder_of(repo))
         assert any("no evidence_summary.parquet" in line for line in differences(repo))
 
@@ -360,7 +360,7 @@ BROKEN = {"[]": "list", "{}": "nothing", "\xff": "utf-8", "[" * 99_999: "Recursi
 @pytest.mark.parametrize("text", BROKEN)
 def test_damaged_records_and_verdicts_are_one_line_with_the_file_and_exit_2(repo, text, capsys):
     """compare, show and report --check read published files too."""
-    from suite import cli
+    from suite.cli import main as cli
 
     (repo / "baselines").mkdir()
     (repo / "baselines" / "paper.yaml").write_text("C1:\n  title: the first claim\n")
@@ -382,8 +382,8 @@ class Refuse:
         if name.split(".")[0] in ("torch", "vllm", "transformers", "datasets", "matplotlib", "jinja2"):
             raise ImportError(f"{name} is made unimportable")
 sys.meta_path.insert(0, Refuse())
-import suite.report
-sys.exit(suite.report.verify())
+from suite.report import verbs as report_verbs
+sys.exit(report_verbs.verify())
 """
 
 
@@ -394,7 +394,7 @@ def test_verify_needs_neither_engine_nor_figures(repo):
 
 
 def test_a_bundle_holds_what_would_be_published_and_verifies_elsewhere(repo, tmp_path, capsys):
-    from suite import cli
+    from suite.cli import main as cli
 
     out = tmp_path / "sent.tar.gz"
     assert cli.main(["bundle", "desk-tiny", "--out", str(out)]) == 0
@@ -407,6 +407,6 @@ def test_a_bundle_holds_what_would_be_published_and_verifies_elsewhere(repo, tmp
         assert not names and not any(member.uname or member.mtime for member in archive.getmembers())
     shutil.rmtree(repo / "results")
     shutil.rmtree(repo / "runs")
-    assert suite.report.verify(str(out), repo / "results") == 0
+    assert report_verbs.verify(str(out), repo / "results") == 0
     assert cli.main(["bundle", "desk-tiny", "--out", str(tmp_path / "none.tar.gz")]) == 14
     assert not (tmp_path / "none.tar.gz").exists()

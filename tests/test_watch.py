@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from suite.watch import BAD_UPDATE_DROPS, by_advantage
+from suite.measure.watch import BAD_UPDATE_DROPS, by_advantage
 
 MU = np.log([0.5, 0.8, 0.25, 0.9])
 PI = np.log([0.75, 0.2, 0.5, 0.9])

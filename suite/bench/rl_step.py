@@ -14,9 +14,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from suite import environment
 from suite.bench.pairs import column, in_turn, paired_ratios, spread, target, with_range
 from suite.errors import NotRunnable, UserError
+from suite.machine import environment
 
 SIZES = ("1m", "5m")
 REPETITIONS = 5
@@ -207,10 +207,11 @@ class BenchTask:
 
 def _ours(turns) -> None:
     """The protocol itself; its progress report at the end of a step is where the next turn is waited for."""
-    from suite.plan import Cell
-    from suite.precision import contract_breaches
-    from suite.protocols import Session, rl
-    from suite.writer import open_run
+    from suite.protocols import rl
+    from suite.protocols.session import Session
+    from suite.record.writer import open_run
+    from suite.spec.plan import Cell
+    from suite.spec.precision import contract_breaches
 
     with tempfile.TemporaryDirectory() as runs:
         cell = Cell(BenchTask.id, 1, turns.job["precision"], (), 0, cell_settings(turns.job))
@@ -243,9 +244,9 @@ def _trl(turns) -> None:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from suite.data import load_prompts
-    from suite.models import load_tokenizer
-    from suite.rewards import desk_reward
+    from suite.engines.models import load_tokenizer
+    from suite.problems.data import load_prompts
+    from suite.problems.rewards import desk_reward
 
     job, batch = turns.job, Batch(**turns.job["batch"])
     started, sampled = time.perf_counter(), 0

@@ -11,9 +11,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suite import environment
 from suite.bench.pairs import Side, column, in_turn, paired_ratios, spread, target, with_range
 from suite.errors import NotRunnable, UserError
+from suite.machine import environment
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 VOCABULARIES = (64, 8192, 151_936)  # a desk model's, a middling one, Qwen2's own
@@ -197,7 +197,7 @@ def _tokens(job: dict):
 
 def _scorer_of_ours(job: dict):
     """A function that scores all tokens and returns the sum of their log-probs."""
-    from suite.trainers.dense import DenseTrainer
+    from suite.engines.trainers.dense import DenseTrainer
 
     num_prompt = job["shape"]["prompt_tokens"]
     train = {"score_batch_size": job["shape"]["num_sequences"], "attention": "sdpa"}
@@ -211,7 +211,7 @@ def _plain_scorer(job: dict):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from suite.precision import torch_dtype
+    from suite.engines.arithmetic import torch_dtype
 
     num_prompt = job["shape"]["prompt_tokens"]
     device = "cuda" if torch.cuda.is_available() else "cpu"

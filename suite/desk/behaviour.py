@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from suite.desk import problems, recipe
+from suite.desk import recipe
+from suite.problems import desk as problems
 
 EVAL_SEED = 12_345
 MAX_NEW_TOKENS = {"trained": 256, "between": 448, "long": 1280}
@@ -28,7 +29,7 @@ class Generation:
 
 def is_correct(text: str, answer: str) -> bool:
     """The response closes its thinking once and boxes the right integer at the end. The suite's graders live in
-    suite/rewards.py.
+    suite/problems/rewards.py.
     """
     chain, mark, tail = text.partition("</think>")
     return bool(mark) and "</think>" not in tail and tail.strip() == f"\\boxed{{{answer}}}"

@@ -81,7 +81,8 @@ def make(size: str, steps: int | None) -> tuple:
 
 def training_record(size: str, steps: int | None, model, tokenizer, train_seconds: float) -> dict:
     """What training.json says of a model: recipe, regimes, measured behaviour, and how long both took."""
-    from suite.desk import behaviour, problems, recipe
+    from suite.desk import behaviour, recipe
+    from suite.problems import desk as problems
 
     chosen = recipe.SIZES[size]
     started = time.monotonic()

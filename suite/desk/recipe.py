@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from suite.desk import problems
-from suite.desk.problems import draw_int, draw_terms
+from suite.problems import desk as problems
+from suite.problems.desk import draw_int, draw_terms
 
 SLIP_RATE = 0.03
 SLIPS = (-10, -1, 1, 10)

@@ -6,8 +6,8 @@ import numpy as np
 
 from suite.grade.judge import number
 from suite.grade.launches import FINISHED
-from suite.plan import canonical_json
-from suite.task import axis_label
+from suite.spec.plan import canonical_json
+from suite.spec.task import axis_label
 
 
 def arm_metrics(task, runs: list) -> list[dict]:

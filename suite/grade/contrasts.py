@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats as scipy_stats
 
-from suite import stats
 from suite.grade.launches import Launch, prompt_table, scale_of
-from suite.mismatch import SUMS, estimates_of_totals
+from suite.measure import stats
+from suite.measure.mismatch import SUMS, estimates_of_totals
 
 Ends = tuple[float, float]
 ZERO_IF_EQUAL = ("k2_nats_per_token", "k3_nats_per_token", "reverse_k3_nats_per_token", "prob_diff_mean", "logprob_diff_mean")

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from suite import stats
 from suite.grade.contrasts import Levels, contrast_of, level_of, within
 from suite.grade.judge import Evidence, disjoint, ends_text, inside, number, pair, region_text
 from suite.grade.launches import FINISHED, launches, series
 from suite.grade.planned import missing_launches
-from suite.plan import canonical_json, grid_points
-from suite.task import Grade
+from suite.measure import stats
+from suite.spec.plan import canonical_json, grid_points
+from suite.spec.task import Grade
 
 ON_INTERVALS = ("aa", "null_drift")
 

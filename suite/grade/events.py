@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 
-from suite import stats
+from suite.measure import stats
 
 SKIPS_IN_A_ROW = 10  # that many skipped steps in a row at the smallest loss scale are an event of their own
 SMALLEST_SCALE = 1.0

@@ -10,8 +10,8 @@ import itertools
 from suite.grade.launches import FINISHED
 from suite.grade.planned import not_of_the_task, short_of_plan, unpaired
 from suite.grade.sameness import same_runs
-from suite.plan import PATHS, canonical_json, differing_paths
-from suite.precision import breaches_of
+from suite.spec.plan import PATHS, canonical_json, differing_paths
+from suite.spec.precision import breaches_of
 
 
 def violations(task, runs: list, foreign: bool = False) -> list[tuple[str, str]]:

@@ -8,8 +8,8 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from suite.grade import contrasts
 from suite.errors import TaskError
+from suite.grade import contrasts
 from suite.grade.contrasts import Finding, Levels, is_exact, is_share_of_seeds
 from suite.grade.events import skipped_share
 from suite.grade.launches import FINISHED, SHARES_OF_COUNTS, arm_runs, launches, scale_of, unit_of

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from suite.errors import TaskError
-from suite.estimands import EVERY_ESTIMAND, estimands_of
 from suite.grade.events import event_time, passage_time, why_no_event, why_not_at_end
-from suite.mismatch import concat_sums, estimates
+from suite.measure.mismatch import concat_sums, estimates
+from suite.spec.estimands import EVERY_ESTIMAND, estimands_of
 
 FINISHED = ("success", "diverged")
 OFFLINE = ("offline_mismatch", "offline_accuracy")

@@ -9,8 +9,8 @@ whatever is missing is named. A record that the task does not plan is not counte
 from __future__ import annotations
 
 from suite.grade.launches import FINISHED, arm_runs, need_of
-from suite.task import axis_label
-from suite.plan import Cell, arm_names, canonical_json, grid_points, plan
+from suite.spec.plan import Cell, arm_names, canonical_json, grid_points, plan
+from suite.spec.task import axis_label
 
 OPEN = ("running", "killed")  # an attempt that was begun and never ended
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 
-from suite import stats
 from suite.grade.contrasts import Levels, is_exact, is_share_of_seeds, shares_of
 from suite.grade.judge import Evidence, findings_of, inside, num_pairs, order_form, order_regions
 from suite.grade.launches import FINISHED, scale_of
-from suite.validate import needed_tasks, unpinned_inputs
+from suite.measure import stats
+from suite.spec.validate import needed_tasks, unpinned_inputs
 
 # (estimand, form) -> standard deviation between launches. A ratio is on the log scale, a difference in the
 # estimand's own unit.

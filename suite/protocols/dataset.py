@@ -12,11 +12,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
 
-from suite.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
-from suite.estimands import PROMPT_LIMIT_TOKENS
-from suite.rewards import Grader
-from suite.task import find_repo
-from suite.workers import Workers, boxed
+from suite.problems.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
+from suite.problems.grader_pool import Workers, boxed
+from suite.problems.rewards import Grader
+from suite.spec.estimands import PROMPT_LIMIT_TOKENS
+from suite.spec.task import find_repo
 
 # A gold answer written in another way, or changed: (pattern of the whole gold answer, what is made of it).
 VARIANTS: dict[str, tuple[str, Callable[[re.Match], str]]] = {

@@ -14,18 +14,18 @@ import time
 
 import numpy as np
 
-from suite.batch import evidence_table
-from suite.data import Prompt, load_prompts
 from suite.errors import DataError, NotRunnable
-from suite.evidence import summarise
-from suite.kept import KeptProblem, in_band, problem_texts, write_kept
-from suite.mismatch import estimates
-from suite.plan import Cell
-from suite.protocols import Session
-from suite.protocols.engines import Engines, run_one_by_one
+from suite.measure.mismatch import estimates
+from suite.problems.data import Prompt, load_prompts
+from suite.problems.kept import KeptProblem, in_band, problem_texts, write_kept
+from suite.protocols.engine_pool import Engines, run_one_by_one
+from suite.protocols.evidence import evidence_table
 from suite.protocols.offline import DEFAULT_PROMPTS_PER_BATCH, WITHOUT_TRAINER
-from suite.record import read_evidence
-from suite.writer import RunWriter
+from suite.protocols.session import Session
+from suite.record.evidence import summarise
+from suite.record.run import read_evidence
+from suite.record.writer import RunWriter
+from suite.spec.plan import Cell
 
 KEPT_NAME = "kept.json"
 

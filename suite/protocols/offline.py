@@ -17,17 +17,18 @@ from itertools import islice
 
 import numpy as np
 
-from suite.batch import Rollout, evidence_table
-from suite.data import Prompt, load_prompts
-from suite.evidence import flat, num_response_tokens, summarise
-from suite.mismatch import estimates, token_statistics
-from suite.plan import Cell
-from suite.protocols import Session
-from suite.protocols.engines import SAMPLER_SETTINGS, Engines, group_cells
-from suite.record import Run, read_evidence
-from suite.resolved import full_vocabulary_kl
-from suite.routing import routing_disagreement
-from suite.writer import RunWriter
+from suite.engines.batch import Rollout
+from suite.measure.bins import full_vocabulary_kl
+from suite.measure.mismatch import estimates, token_statistics
+from suite.measure.routing import routing_disagreement
+from suite.problems.data import Prompt, load_prompts
+from suite.protocols.engine_pool import SAMPLER_SETTINGS, Engines, group_cells
+from suite.protocols.evidence import evidence_table
+from suite.protocols.session import Session
+from suite.record.evidence import flat, num_response_tokens, summarise
+from suite.record.run import Run, read_evidence
+from suite.record.writer import RunWriter
+from suite.spec.plan import Cell
 
 DEFAULT_PROMPTS_PER_BATCH = 32
 NUM_FULL_SEQUENCES, LARGEST_FULL_VOCABULARY = 4, 4096

@@ -12,7 +12,7 @@
         record      evidence, one line of metrics; a checkpoint every few steps
 
 Where train.parallel.data says so, several ranks run this loop together: each samples, rewards, scores and back-propagates
-its share, every one has the whole step (suite/ranks.py), and rank 0 records it.
+its share, every one has the whole step (suite/engines/ranks.py), and rank 0 records it.
 
 All randomness is a function of launch seed and step: the order of problems, the mini-batches, the sampling noise. So a
 run that was killed goes on from its last checkpoint and ends with the same series, bit for bit.
@@ -28,25 +28,26 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from suite.algorithms import Algorithm, resolve
-from suite.batch import MiniBatch, Rollout, evidence_table, request_seed
-from suite.checkpoint import load_checkpoint, save_checkpoint
-from suite.data import Prompt, load_held_out, load_prompts
+from suite.engines.batch import MiniBatch, Rollout, request_seed
+from suite.engines.checkpoint import load_checkpoint, save_checkpoint
+from suite.engines.losses import advantages
+from suite.engines.ranks import Ranks, ReplicaError
+from suite.engines.sync import Probe, prove_sync, rounder, sync_weights
 from suite.errors import UserError
-from suite.evidence import flat, num_response_tokens, summarise
-from suite.losses import advantages
-from suite.mismatch import estimates, token_statistics
-from suite.perturbations import perturbed
-from suite.plan import Cell
-from suite.precision import FORMATS, Precision
-from suite.protocols import Session
-from suite.protocols.engines import Engines, run_one_by_one
-from suite.ranks import Ranks, ReplicaError
-from suite.record import read_evidence
-from suite.routing import routing_disagreement
-from suite.sync import Probe, prove_sync, rounder, sync_weights
-from suite.watch import by_advantage
-from suite.writer import RunWriter
+from suite.measure.mismatch import estimates, token_statistics
+from suite.measure.routing import routing_disagreement
+from suite.measure.watch import by_advantage
+from suite.problems.data import Prompt, load_held_out, load_prompts
+from suite.protocols.engine_pool import Engines, run_one_by_one
+from suite.protocols.evidence import evidence_table
+from suite.protocols.session import Session
+from suite.record.evidence import flat, num_response_tokens, summarise
+from suite.record.run import read_evidence
+from suite.record.writer import RunWriter
+from suite.spec.algorithms import Algorithm, resolve
+from suite.spec.perturbations import perturbed
+from suite.spec.plan import Cell
+from suite.spec.precision import FORMATS, Precision
 
 DEFAULT_CHECKPOINT_EVERY = 10
 NUM_PROBE_PROMPTS = 8

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from suite.archive.published import MANIFEST, VERDICT, exists, read_manifest, read_verdict, records_of
+from suite.archive.publishing import fingerprint_folders, published_runs
 from suite.door import read_bytes
 from suite.files import write_atomic
-from suite.report import page, plots, readme, tables
+from suite.report import page, readme, tables
 from suite.report.escaping import escape_address, escape_markdown
+from suite.report.figures import plots
 from suite.report.findings import findings
-from suite.report.published import MANIFEST, VERDICT, exists, read_manifest, read_verdict, records_of
-from suite.report.publishing import fingerprint_folders, published_runs
 from suite.report.rows import result_rows
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jinja2 import Environment
 
+from suite.report.figures.svg import scientific
 from suite.report.findings import Finding
 from suite.report.rows import GRADED, TIERS, Row, headlines
-from suite.report.svg import scientific
 from suite.report.tables import PRECISIONS, TIER_TITLES, ArmTable, Matrix, cells
 
 PAGE = """<!doctype html>

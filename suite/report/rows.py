@@ -11,8 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from suite.report.published import VERDICT, read_verdict, records_of
-from suite.report.publishing import fingerprint_folders
+from suite.archive.published import VERDICT, read_verdict, records_of
+from suite.archive.publishing import fingerprint_folders
 
 TIERS = ("paper", "node", "desk")
 GRADED = ("PASS", "FAIL", "INCONCLUSIVE", "NOT_RUN", "INVALID", "ERROR")

@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from suite.archive.published import METRICS, RECORD, VERDICT, exists, read_published, read_verdict, records_of
 from suite.errors import UserError
-from suite.record import Run, read_run
-from suite.report.published import METRICS, RECORD, VERDICT, exists, read_published, read_verdict, records_of
+from suite.record.run import Run, read_run
 
 ABSENT = "-"
 

@@ -13,8 +13,8 @@ import numpy as np
 from tabulate import tabulate
 
 from suite.grade.arms import arm_label
-from suite.mismatch import estimates
-from suite.record import Run
+from suite.measure.mismatch import estimates
+from suite.record.run import Run
 from suite.report.escaping import escape_csv, escape_latex, escape_markdown
 from suite.report.rows import TIERS, Row, headlines
 

@@ -13,10 +13,11 @@ if not torch.cuda.is_available():
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from suite.algorithms import resolve  # noqa: E402
 from small_models import write_model  # noqa: E402
 from test_dense_trainer import BF16, FP16, FP32, minibatch, plain_logprobs, sequences  # noqa: E402
 from test_moe_trainer import trainer  # noqa: E402
+
+from suite.spec.algorithms import resolve  # noqa: E402
 
 pytestmark = pytest.mark.engine
 
@@ -25,7 +26,7 @@ def test_scores_in_fp32_are_those_of_transformers_on_the_cpu_and_no_shim_is_load
     folder, rows = write_model(tmp_path, experts=True), sequences()
     found, expected = trainer(folder, FP32).score(rows), plain_logprobs(folder, rows)[1]
     assert max(np.abs(a - b.detach().numpy()).mean() for a, b in zip(found, expected, strict=True)) < 1e-4
-    assert "suite.trainers.megatron_cpu" not in sys.modules
+    assert "suite.engines.trainers.megatron_cpu" not in sys.modules
 
 
 @pytest.mark.parametrize("precision", [FP16, BF16])

@@ -1,0 +1,1 @@
+"""results/: runs and verdicts as published; publish, bundle, open and verify them. No torch."""

@@ -1,0 +1,122 @@
+"""Ties a published record to what it claims to be a record of: the task of this checkout, and its own machine. No torch.
+
+Records are claims and the task is the law: a record says which cell it is, with which settings, weights and precision and
+on what machine, and each of these follows from something that its writer does not choose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from suite.archive.published import RECORD, records_of
+from suite.machine import environment
+from suite.record.run import FINISHED, STATUSES, Run
+from suite.spec.plan import Cell, read_path
+from suite.spec.strict_yaml import parse_yaml
+
+# Of a task's text: what says where a claim comes from and what it is called. It may be put better without a new version.
+# And where a file lies is no part of what it is: published records do not say it.
+PROSE = {"title", "tags", "statement", "paper", "tolerance", "path"}
+
+
+def untied(run: Run, task, cells: dict[str, Cell]) -> list[str]:
+    """What of one published run does not follow from the task, its cells (by name) or its machine."""
+    with records_of(run.folder / RECORD):
+        return [*_place(run, task), *_cell(run, task, cells), *_asked(run, cells), *_machine(run), *_text(run, task)]
+
+
+def _place(run: Run, task) -> Iterator[str]:
+    """A run lies where its own record says."""
+    record, folder = run.record, run.folder
+    if record["task"]["id"] != task.id:
+        yield f"task: found {record['task']['id']!r}, its folder is {task.id}"
+    if (record["cell"]["name"], record["run_key"][:12]) != (folder.parent.name, folder.name.split(".")[0]):
+        yield f"cell and run_key: found {record['cell']['name']} and {record['run_key'][:12]}, its folder is {folder.parent.name}/{folder.name}"
+    if record["status"] not in STATUSES:
+        yield f"status: found {record['status']!r}, allowed: {', '.join(STATUSES)}"
+    elif record["status"] not in (*FINISHED, "invalidated") and run.summary is not None:
+        yield f"status: found {record['status']}, but it has an evidence summary, which is written by a run that ends"
+    if record["limit"] is not None:
+        yield f"limit: found {record['limit']}, allowed: null; limited runs are never published"
+
+
+def _cell(run: Run, task, cells: dict[str, Cell]) -> Iterator[str]:
+    """The run key follows from the record's own settings, and is that of the task's cell."""
+    cell, key = run.record["cell"], run.record["run_key"]
+    own = Cell(task.id, run.record["task"]["version"], run.arm, tuple(run.point.items()), run.seed, cell["settings"], run.is_control)
+    if own.run_key(run.record["limit"]) != key:
+        yield f"run_key: found {key[:12]}, its settings give {own.run_key(run.record['limit'])[:12]}"
+    planned = cells.get(cell["name"])
+    if planned is None:
+        yield f"cell: found {cell['name']}, allowed: a cell of the task; {_nearest(run, cells)}"
+        return
+    if (planned.arm, dict(planned.point), planned.seed, planned.is_control) != (run.arm, run.point, run.seed, run.is_control):
+        yield f"cell: arm, grid point, seed or is_control of {cell['name']} are not the task's"
+    if planned.run_key() != key:
+        yield (f"run_key {key[:12]}, but the task now gives this cell {planned.run_key()[:12]}: "
+               "a setting changed without a new version")  # fmt: skip
+
+
+def _nearest(run: Run, cells: dict[str, Cell]) -> str:
+    seeds = sorted({cell.seed for cell in cells.values() if cell.arm == run.arm})
+    if seeds and run.seed not in seeds:
+        return f"{run.arm} has the seeds {', '.join(map(str, seeds))}, not {run.seed}"
+    return f"it has the arms {', '.join(dict.fromkeys(cell.arm for cell in cells.values()))}"
+
+
+def _asked(run: Run, cells: dict[str, Cell]) -> Iterator[str]:
+    """Precision and weights are those of the cell's settings."""
+    record, settings = run.record, run.record["cell"]["settings"]
+    asked, wanted = record["precision_asked"], settings.get("precision") or {}
+    if {k: v for k, v in asked.items() if v is not None} != {k: v for k, v in wanted.items() if v is not None}:
+        yield f"precision_asked: found {json.dumps(asked, sort_keys=True)}, its settings say {json.dumps(wanted, sort_keys=True)}"
+    for name in ("sha256", "files_sha256", "revision"):
+        found, pinned = (record.get("weights") or {}).get(name), read_path(settings, f"model.{name}", None)
+        if found is not None and pinned not in (None, "unknown") and found != pinned:
+            yield f"weights.{name}: found {str(found)[:64]}, the task pins {pinned}"
+
+
+def _machine(run: Run) -> Iterator[str]:
+    """Folder name, fingerprint and environment are one and the same machine."""
+    folder, said = run.folder.parents[1].name, run.fingerprint
+    given = environment.fingerprint(run.record["environment"])
+    if not said == given == folder:
+        yield f"fingerprint: found {said}, its environment gives {given}, its folder is {folder}"
+
+
+def _text(run: Run, task) -> Iterator[str]:
+    """The task as it was when the run was made: the text of this checkout, or of an older grade version."""
+    said = run.record["task"]
+    if said["text"] == task.text or said["version"] != task.version or said["grade_version"] < task.grade_version:
+        return
+    if said["grade_version"] > task.grade_version:
+        yield f"task.grade_version: found {said['grade_version']}, the task is at {task.grade_version}"
+    elif _meaning(parse_yaml(said["text"], task.file)[0]) != _meaning(parse_yaml(task.text, task.file)[0]):
+        yield f"task.text: another text than {task.file.name} at the same version {task.version} and grade_version {task.grade_version}"
+
+
+def _meaning(value):
+    if isinstance(value, dict):
+        return {name: _meaning(part) for name, part in value.items() if name not in PROSE}
+    return [_meaning(part) for part in value] if isinstance(value, list) else value
+
+
+def missing_cells(runs: list[Run], cells: dict[str, Cell]) -> list[str]:
+    """The names of planned cells of which there is no run."""
+    there = {run.record["cell"]["name"] for run in runs}
+    return [name for name in cells if name not in there]
+
+
+def missing_attempts(folders: list[Path]) -> list[str]:
+    """Attempts are published without a gap, so that none can be left out: the ones that are not there."""
+    there = {(path.parent, path.name) for path in folders}
+    found = []
+    for path in folders:
+        first, _, number = path.name.partition(".")
+        for earlier in range(1, int(number or 1)):
+            name = first if earlier == 1 else f"{first}.{earlier}"
+            if (path.parent, name) not in there:
+                found.append(f"{path.parent / name}: attempt {earlier} is not there, attempt {number} is")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,390 @@
+"""What each verb of the command line does: one function each, from parsed arguments to an exit code.
+
+Anything that needs an engine is imported inside the verb that runs one, so that list, show, validate, plan, grade,
+report and verify work on a machine without torch.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, TaskError, UserError
+from suite.spec.plan import Cell, plan
+from suite.spec.strict_yaml import TaskErrors
+from suite.spec.task import Task, find_repo, load_readable, load_task, task_files
+from suite.spec.validate import require_valid, validate_file
+
+
+def list_tasks(args) -> int:
+    from suite.cli import show as rendering
+
+    tasks, errors = _readable()
+    tasks = [task for task in tasks.values() if args.tier in (None, task.tier)]
+    if args.json:
+        print(json.dumps([rendering.summary(task) for task in tasks], indent=1))
+    else:
+        rendering.print_list(tasks)
+    return _with_errors(errors, 0 if tasks else EXIT_NOTHING)
+
+
+def _readable() -> tuple[dict[str, Task], list[TaskError]]:
+    """The tasks of the checkout whose cells can be told, and what is wrong with the others."""
+    tasks, errors = load_readable()
+    for name, task in list(tasks.items()):
+        try:
+            plan(task)
+        except TaskErrors as found:
+            errors += found.errors
+            del tasks[name]
+    return tasks, errors
+
+
+def _with_errors(errors: list[TaskError], code: int) -> int:
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return EXIT_USAGE if errors else code
+
+
+def show_one(args) -> int:
+    from suite.cli import show as rendering
+
+    if rendering.is_claim(args.name):
+        tasks, errors = _readable()
+        rendering.print_claim(args.name.split("-")[0].upper(), tasks, find_repo())
+        return _with_errors(errors, 0)
+    rendering.print_task(load_task(args.name))
+    return 0
+
+
+def validate(args) -> int:
+    names = args.names or [str(path) for path in task_files().values()]
+    errors, warnings = [], []
+    for name in names:
+        found, remarks = validate_file(name)
+        errors += found
+        warnings += remarks
+    for remark in warnings:
+        print(f"warning: {remark}")
+    _with_errors(errors, 0)
+    print(f"{len(names)} task files: {len(errors)} errors, {len(warnings)} warnings")
+    return EXIT_USAGE if errors else 0 if names else EXIT_NOTHING
+
+
+def doctor(args) -> int:
+    from suite.cli import show as rendering
+    from suite.machine import environment
+    from suite.machine.doctor import can_run, findings
+
+    task = load_task(args.task) if args.task else None
+    machine = environment.collect()
+    rendering.print_findings(findings(task, machine), environment.fingerprint(machine))
+    reason = can_run(task, machine) if task else None
+    if reason:
+        raise NotRunnable(reason)
+    return 0
+
+
+def show_plan(args) -> int:
+    from suite.cli import show as rendering
+
+    task = require_valid(load_task(args.task))
+    rendering.print_plan(task, plan(task), _design_power(task))
+    return 0
+
+
+def run(args) -> int:
+    task = require_valid(load_task(args.task))
+    cells = select(task, args.seeds, args.arm, args.cell)
+    if not cells:
+        print(f"{task.id}: " + (f"{_sources(task)}; it runs nothing itself" if task.needs else "nothing selected"))
+        return EXIT_NOTHING
+    _check_machine(task, args)
+    _run_cells(args, task, cells)
+    print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
+    return 0
+
+
+def grade(args) -> int:
+    from suite.cli import show as rendering
+
+    task = require_valid(load_task(args.task))
+    if not args.framework and (args.arm is not None or args.seed is not None) or args.framework and not args.evidence:
+        raise UserError("--from needs --evidence, and --arm and --seed need --from: they say what a framework's files do not")
+    if args.evidence:
+        from suite.dumps.dump import grade_evidence
+
+        verdict, path = grade_evidence(task, args.evidence, _source(args)), None
+    else:
+        verdict, path = _grade_records(task, args.runs_dir)
+    if verdict is None:
+        print(_nothing_recorded(task, args.runs_dir))
+        return EXIT_NOTHING
+    rendering.print_verdict(verdict)
+    for note in verdict.get("notes", []):
+        print(f"note: {note}")
+    return _last_line(verdict, path)
+
+
+def _source(args):
+    from suite.dumps.readers.sources import Source
+
+    return None if args.framework is None else Source(args.framework, args.arm, args.seed)
+
+
+def reproduce(args) -> int:
+    from suite.cli import show as rendering
+
+    task = require_valid(load_task(args.task))
+    cells = select(task, args.seeds, args.arm, args.cell)
+    rendering.print_heading(task, len(cells))
+    _check_machine(task, args)
+    if cells:
+        _run_cells(args, task, cells)
+    verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
+    if verdict is None:
+        print("a run with --limit is never graded" if args.limit else _nothing_recorded(task, args.runs_dir))
+        print(line_without_grading(task.id, "NOT_RUN"))
+        return EXIT_NOT_RUN if args.limit else EXIT_NOTHING
+    rendering.print_verdict(verdict)
+    return _last_line(verdict, path)
+
+
+def rehearse(args) -> int:
+    from suite.cli import show as rendering
+    from suite.cli.progress import Progress
+    from suite.machine import environment
+    from suite.machine.doctor import can_rehearse
+    from suite.protocols.rehearse import rehearsal
+    from suite.protocols.run import run_task
+    from suite.record.run import find_runs
+    from suite.spec.precision import breaches_of
+
+    task = require_valid(load_task(args.task))
+    cells = rehearsal(task)
+    if reason := can_rehearse(task, cells, environment.collect()):
+        raise NotRunnable(reason)
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, Progress(len(cells)) as progress:
+        run_task(task, cells, runs_dir=Path(folder), progress=progress)
+        runs = {run.record["cell"]["name"]: run for run in find_runs(Path(folder), task.id)}
+    breaches = {
+        name: breaches_of(task.protocol, run.record["precision_asked"], run.record["precision_executed"])
+        for name, run in runs.items()
+    }
+    rendering.print_rehearsal(task, [runs[cell.name] for cell in cells], breaches)
+    return 1 if any(breaches.values()) else 0
+
+
+def publish(args) -> int:
+    from suite.report.verbs import publish as publish_task
+
+    task = require_valid(load_task(args.task))
+    if task.id not in task_files():
+        raise UserError(f"publish: found {args.task!r}, allowed: a task of tasks/, since results/ is checked against them")
+    return publish_task(task.id, args.runs_dir, find_repo() / "results")
+
+
+def report(args) -> int:
+    from suite.report.verbs import report as write_report
+
+    return write_report(find_repo() / "results", check=args.check)
+
+
+def verify(args) -> int:
+    from suite.report.verbs import verify as verify_results
+
+    return verify_results(args.target, find_repo() / "results")
+
+
+def bundle(args) -> int:
+    from suite.archive.bundling import bundle_task
+
+    task = require_valid(load_task(args.task))
+    out = args.out or Path(f"{task.id}.tar.gz")
+    held = bundle_task(task, args.runs_dir, None if args.dry_run else out)
+    if not held.folders:
+        print(_nothing_recorded(task, args.runs_dir))
+        return EXIT_NOTHING
+    for folder in held.folders:
+        inside = [size for name, size in held.files.items() if name.startswith(f"{folder}/")]
+        print(f"{folder}: {len(inside)} files, {sum(inside)} bytes")
+    print("\n".join(["besides numbers and the task's text it tells:", *(f"  {line}" for line in held.tells)]))
+    print("nothing written: --dry-run" if args.dry_run else f"written: {out}; whoever gets it: suite verify {out.name}")
+    return 0
+
+
+def compare(args) -> int:
+    from suite.cli import show as rendering
+    from suite.report.side_by_side import side_by_side
+
+    rendering.print_sections(side_by_side(args.a, args.b))
+    return 0
+
+
+def bench(args) -> int:
+    from suite.bench.verbs import BENCHES, run
+
+    for flag, given, name in (("--sizes", args.sizes, "rl"), ("--vocab", args.vocab, "scoring")):
+        if given and args.name not in (name, "all"):
+            raise UserError(f"bench {args.name}: found {flag}, allowed: with bench {name}")
+    names = list(BENCHES) if args.name == "all" else [args.name]
+    return run(names, vocabularies=args.vocab, sizes=args.sizes, out=args.out or find_repo() / "results" / "bench")
+
+
+def desk(args) -> int:
+    from suite.desk.build import run as build
+
+    return build(size=args.size, out=args.out, check=args.check)
+
+
+VERBS = {
+    "list": list_tasks,
+    "show": show_one,
+    "validate": validate,
+    "doctor": doctor,
+    "plan": show_plan,
+    "run": run,
+    "grade": grade,
+    "reproduce": reproduce,
+    "rehearse": rehearse,
+    "publish": publish,
+    "report": report,
+    "verify": verify,
+    "bundle": bundle,
+    "compare": compare,
+    "bench": bench,
+    "desk": desk,
+}
+
+
+def select(task: Task, seeds: list[int] | None = None, arms: list[str] | None = None,
+           names: list[str] | None = None) -> list[Cell]:
+    """The planned cells, narrowed to some seeds, arms and names. Controls keep their own seeds and stay unless arms are
+    named.
+
+    Raises UserError for a seed, arm or cell that the task does not have: seeds are fixed in the task file, or adding some
+    until it passes would be a way to a false pass.
+    """
+    cells = plan(task)
+    unknown = sorted({seed for seed in seeds or ()} - set(task.seeds))
+    if unknown:
+        raise UserError(f"--seeds: {task.id} has no seed {unknown[0]}; it has {', '.join(map(str, task.seeds))}")
+    for flag, asked, have in (("arm", arms, [cell.arm for cell in cells]), ("cell", names, [cell.name for cell in cells])):
+        for name in asked or ():
+            if name not in have:
+                raise UserError(f"--{flag}: {task.id} has no {flag} {name!r}; it has {', '.join(dict.fromkeys(have))}")
+    chosen = [cell for cell in cells if (arms is None or cell.arm in arms) and (names is None or cell.name in names)]
+    return [cell for cell in chosen if seeds is None or cell.is_control or cell.seed in seeds]
+
+
+def line_without_grading(task_id: str, verdict: str) -> str:
+    """The VERDICT line of a task that has no verdict file: it could not run, or broke off."""
+    try:
+        task = load_task(task_id)
+        name, num_graded = task.id, sum(claim.kind != "report" for claim in task.claims)
+    except (TaskErrors, UserError):
+        name, num_graded = task_id, 0
+    return f"VERDICT task={name} verdict={verdict} claims=0/{num_graded} verdict_file=-"
+
+
+def _nothing_recorded(task: Task, runs_dir: Path) -> str:
+    return f"{task.id}: nothing recorded below {runs_dir}; " + (_sources(task) if task.needs else f"run it with: suite run {task.id}")
+
+
+def _sources(task: Task) -> str:
+    return f"it is graded from the records of {', '.join(task.needs)}"
+
+
+def _check_machine(task: Task, args) -> None:
+    """Raises NotRunnable. A launcher's workers look at the machines that they are put on themselves; one of ours has one GPU
+    of those that the task needs, and whoever started it has looked."""
+    from suite.machine import environment
+    from suite.machine.doctor import can_run
+    from suite.machine.processes import WORKER_VARIABLE
+
+    if args.launcher or WORKER_VARIABLE in os.environ:
+        return
+    reason = can_run(task, environment.collect(args.runs_dir))
+    if reason:
+        raise NotRunnable(reason)
+
+
+def _run_cells(args, task: Task, cells: list[Cell]) -> None:
+    from suite.machine.processes import WORKER_VARIABLE
+
+    group_size, world = _ranks_per_cell(cells), os.environ.get("WORLD_SIZE", "1")
+    if WORKER_VARIABLE not in os.environ:
+        if world != "1":
+            raise UserError(f"WORLD_SIZE: found {world}, allowed: nothing or 1; --nproc starts the processes")
+        if group_size > 1 or args.nproc > 1 or args.launcher:
+            return _deal_cells(args, cells, group_size)
+    from suite.cli.progress import Progress
+    from suite.engines.ranks import join
+    from suite.protocols.run import run_task
+
+    with Progress(len(cells)) as progress:
+        run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress, ranks=join())
+
+
+def _ranks_per_cell(cells: list[Cell]) -> int:
+    """How many processes run each of these cells together."""
+    sizes = sorted({cell.get("train.parallel.data", None) or 1 for cell in cells})
+    if len(sizes) > 1:
+        raise NotRunnable(f"train.parallel.data: found {', '.join(map(str, sizes))} in one task; choose cells with --arm or --cell")
+    return sizes[0]
+
+
+def _deal_cells(args, cells: list[Cell], group_size: int) -> None:
+    """Run the cells in several processes (suite/machine/processes.py)."""
+    from suite.machine import environment
+    from suite.machine.processes import Place, deal, places, run_workers
+
+    num = max(args.nproc, group_size)
+    if args.launcher and group_size > 1:
+        raise UserError(f"--launcher: found {args.launcher!r}, allowed: nothing, with train.parallel.data {group_size}: ranks of a cell need one machine")
+    if num % group_size:
+        raise UserError(f"--nproc: found {num}, allowed: a multiple of {group_size} (train.parallel.data)")
+    blocks = deal(cells, num // group_size)
+    if args.launcher:
+        where = [Place()] * num
+    else:
+        where = places(num, environment.gpu_names(), sorted(os.sched_getaffinity(0)))
+    arguments = [args.task, "--out", str(args.runs_dir)]
+    arguments += ["--limit", str(args.limit)] if args.limit else []
+    arguments += ["--fresh"] if args.fresh else []
+    run_workers(blocks, where, arguments, group_size=group_size, launcher=args.launcher)
+
+
+def _grade_records(task: Task, runs_dir: Path):
+    """(verdict, its file) of the newest fingerprint recorded; every fingerprint gets its own verdict. (None, None)
+    without records.
+    """
+    from suite.grade.verdict import grade_by_fingerprint, with_needed, write_verdict
+    from suite.record.run import find_runs
+
+    runs = find_runs(runs_dir, task.id)
+    needed = with_needed(task, lambda name: find_runs(runs_dir, name))
+    everything = runs or [run for need in needed.values() for run in need.runs]
+    if not everything:
+        return None, None
+    verdicts = grade_by_fingerprint(task, runs, needed)
+    newest = max(everything, key=lambda run: str(run.record.get("started_utc")))
+    for fingerprint, other in verdicts.items():
+        if fingerprint != newest.fingerprint:
+            print(f"also recorded on {fingerprint}: {other['verdict']}; shown below is {newest.fingerprint}")
+    verdict = verdicts[newest.fingerprint]
+    return verdict, write_verdict(verdict, runs_dir)
+
+
+def _design_power(task: Task) -> dict:
+    from suite.grade.verdict import design_power
+
+    return design_power(task)
+
+
+def _last_line(verdict: dict, path: Path | None) -> int:
+    from suite.grade.verdict import EXIT_CODES, verdict_line
+
+    print(verdict_line(verdict, path or "-"), flush=True)
+    return EXIT_CODES[verdict["verdict"]]

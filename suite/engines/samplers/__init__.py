@@ -1,0 +1,1 @@
+"""Samplers (policy mu): vLLM, and transformers' forward pass as the plain one."""

@@ -1,0 +1,139 @@
+"""The engines of a group of cells, loaded when first needed, and the small steps around them that protocols share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from suite.engines.batch import Request, Rollout, request_seed
+from suite.engines.models import load_tokenizer, model_folder, model_record, stop_token_ids
+from suite.engines.ranks import Ranks
+from suite.engines.samplers.load import load_sampler
+from suite.engines.trainers.load import load_trainer
+from suite.problems.data import Prompt, token_ids
+from suite.problems.rewards import FORMAT_OF_TEMPLATE, RewardPool
+from suite.protocols.session import Session
+from suite.spec.plan import Cell
+
+# Cells that agree on these can share one sampler.
+SAMPLER_SETTINGS = ("model", "rollout", "precision.rollout", "precision.rollout_rounded", "precision.kv_cache",
+                    "precision.rollout_logits")  # fmt: skip
+
+
+class Engines:
+    """The sampler of a group and the trainers its cells ask for, each loaded when first needed."""
+
+    def __init__(self, cell: Cell, ranks: Ranks = Ranks()):
+        self._cell, self.ranks = cell, ranks
+        self._sampler, self._trainers, self._folder, self._tokenizer = None, {}, None, None
+        self.rewards = reward_pool(cell.settings["data"])
+
+    @property
+    def folder(self) -> Path:
+        self._folder = self._folder or model_folder(self._cell.settings["model"])
+        return self._folder
+
+    @property
+    def weights(self) -> dict:
+        """What a record says of the checkpoint (models.model_record)."""
+        return model_record(self.folder)
+
+    @property
+    def tokenizer(self):
+        self._tokenizer = self._tokenizer or load_tokenizer(self.folder)
+        return self._tokenizer
+
+    @property
+    def sampler(self):
+        if self._sampler is None:
+            rollout, dtype = self._cell.settings["rollout"], self._cell.get("precision.rollout")
+            self._sampler = load_sampler(self.folder, rollout, dtype, stop_token_ids(self.folder))
+        return self._sampler
+
+    def trainer(self, cell: Cell):
+        """The trainer of a cell, or None if its protocol has no trainer."""
+        train, precision = cell.settings.get("train"), cell.settings["precision"]
+        if train is None:
+            return None
+        key = json.dumps([train, precision], sort_keys=True)
+        if key not in self._trainers:
+            temperature = cell.get("rollout.temperature")
+            self._trainers[key] = load_trainer(self.folder, train, precision, temperature)
+        return self._trainers[key]
+
+    def new_trainer(self, cell: Cell):
+        """A trainer at the checkpoint's weights, for a run that will change them; the one before is closed, so that two
+        never share the memory."""
+        if "changing" in self._trainers:
+            self._trainers.pop("changing").close()
+        train, precision = cell.settings["train"], cell.settings["precision"]
+        trainer = load_trainer(self.folder, train, precision, cell.get("rollout.temperature"), cell.seed, self.ranks)
+        self._trainers["changing"] = trainer
+        return trainer
+
+    def scorable(self, rollouts: list[Rollout]) -> list[tuple[list[int], int]]:
+        """(token_ids, num_prompt_tokens) of what a sampler can score of these rollouts: vLLM wants room for one more token."""
+        room = (self._cell.get("rollout.max_model_len", None) or 10**9) - 1
+        cut = [(rollout.token_ids[:room], len(rollout.request.prompt_token_ids)) for rollout in rollouts]
+        return [(tokens, num_prompt) for tokens, num_prompt in cut if len(tokens) > num_prompt]
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self._cell.get("rollout.samples_per_prompt")
+
+    def requests(self, prompts: list[Prompt], *seed_parts) -> list[Request]:
+        """One request per prompt and sample; its seed is made of `seed_parts`, the prompt and the sample."""
+        samples = range(self.samples_per_prompt)
+        tokens = [tuple(token_ids(prompt, self.tokenizer)) for prompt in prompts]
+        return [
+            Request(prompt.prompt_id, sample, ids, request_seed(*seed_parts, prompt.prompt_id, sample))
+            for prompt, ids in zip(prompts, tokens, strict=True)
+            for sample in samples
+        ]
+
+    def within(self, prompts: list[Prompt], num_tokens: int | None) -> list[Prompt]:
+        """The prompts of at most so many tokens; all without a limit."""
+        return [prompt for prompt in prompts if num_tokens is None or len(token_ids(prompt, self.tokenizer)) <= num_tokens]
+
+    def reward(self, rollouts: list[Rollout], prompts: list[Prompt]) -> list[float]:
+        """1.0 or 0.0 per rollout."""
+        responses = [rollout.response_token_ids for rollout in rollouts]
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        gold_of = {prompt.prompt_id: prompt.gold for prompt in prompts}
+        golds = [gold_of[rollout.request.prompt_id] for rollout in rollouts]
+        truncated = [rollout.finish_reason == "length" for rollout in rollouts]
+        return [reward.value for reward in self.rewards.score(texts, golds, truncated)]
+
+    def close(self) -> None:
+        for engine in (self._sampler, *self._trainers.values(), self.rewards):
+            if engine is not None:
+                engine.close()
+
+
+def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Callable[..., None]) -> None:
+    """Every cell that has no finished record, in groups that share a sampler. `run_cell(cell, writer, engines, session)`
+    ends with the record finished (Session.run_cell says what becomes of an error)."""
+    for group in group_cells(cells, SAMPLER_SETTINGS):
+        engines = Engines(group[0], session.ranks)
+        try:
+            for cell in group:
+                session.run_cell(cell, stage, lambda writer, cell=cell: run_cell(cell, writer, engines, session))
+        finally:
+            engines.close()
+
+
+def reward_pool(data: dict) -> RewardPool:
+    """The rewards of a data section: format, grader, the time for one answer, and what a truncated response is worth."""
+    seconds = {"timeout_seconds": data["reward_timeout_s"]} if data.get("reward_timeout_s") else {}
+    format = FORMAT_OF_TEMPLATE[data.get("template") or "none"]
+    return RewardPool(format, zero_truncated=bool(data.get("zero_truncated")), grader=data.get("grader"), **seconds)
+
+
+def group_cells(cells: list[Cell], paths: tuple[str, ...]) -> list[list[Cell]]:
+    """Cells with equal values at the given settings, in order of first appearance."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        values = [cell.seed if path == "seed" else cell.get(path, None) for path in paths]
+        groups.setdefault(json.dumps(values, sort_keys=True), []).append(cell)
+    return list(groups.values())

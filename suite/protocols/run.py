@@ -1,0 +1,72 @@
+"""Run the cells of a task: each into a run folder of its own, by the module of the task's protocol."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from suite import signals
+from suite.engines.ranks import Ranks
+from suite.machine import environment
+from suite.protocols.session import RANK_ERROR, Session
+from suite.record.run import Run, read_run
+from suite.record.writer import RunWriter, SilentWriter, open_run
+from suite.spec.plan import Cell
+from suite.spec.task import Task
+
+MODULES = {
+    "offline_mismatch": "suite.protocols.offline",
+    "offline_accuracy": "suite.protocols.offline",
+    "rl": "suite.protocols.rl",
+    "filter": "suite.protocols.filter",
+    "dataset": "suite.protocols.dataset",
+}
+
+
+def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None = None, fresh: bool = False,
+             progress: Callable[..., None] = lambda *a, **k: None, ranks: Ranks = Ranks()) -> None:
+    """Run every cell that has no finished record yet; the same call again after a kill goes on where it stopped.
+
+    Args:
+        limit: number of prompts (RL: steps); the runs get keys of their own and are never graded.
+        fresh: begin a new attempt for every cell, also where a finished one exists.
+        ranks: that run these cells together.
+    Raises whatever ended a run: UserError and NotRunnable for the user, OSError for a full or read-only disk.
+    """
+    machine = environment.collect(runs_dir)
+    fingerprint = environment.fingerprint(machine)
+    has_evidence, opened = task.protocol != "dataset", []
+
+    def open_cell(cell: Cell) -> RunWriter | Run:
+        found = None
+        if ranks.is_first:
+            with signals.held():  # no writer without somebody who closes it
+                found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+                opened.append(found)
+            if isinstance(found, RunWriter):
+                (found.folder / RANK_ERROR).unlink(missing_ok=True)  # of an attempt whose rank 0 was killed as well
+        return follow(found, ranks)
+
+    def tell(*done, **more) -> None:
+        signals.check()
+        progress(*done, **more)
+
+    try:
+        protocol = importlib.import_module(MODULES[task.protocol])
+        protocol.run(cells, Session(task, limit, tell, open_cell, ranks))
+    except BaseException as error:
+        for writer in opened:
+            if isinstance(writer, RunWriter) and writer.is_open:
+                writer.fail(task.protocol, error)
+        raise
+
+
+def follow(found: RunWriter | Run | None, ranks: Ranks) -> RunWriter | Run:
+    """What rank 0 opened; on the other ranks the same run, or a writer that keeps everything to itself."""
+    folder, record, metrics, is_open = ranks.first(
+        (found.folder, found.record, found.metrics, isinstance(found, RunWriter)) if found else None
+    )
+    if found:
+        return found
+    return SilentWriter(folder, record, metrics) if is_open else read_run(folder)

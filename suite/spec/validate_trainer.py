@@ -1,0 +1,49 @@
+"""What a trainer cannot do, seen in the settings of its cells. No torch."""
+
+from __future__ import annotations
+
+from suite.errors import TaskError
+from suite.spec.task import Task
+
+MOE_FAMILIES = ("qwen3_moe",)  # that the moe trainer holds a table of names for
+OF_TRAINING = ("train.lora", "data.max_prompt_tokens", "schedule.minibatch_of", "precision.gradient_reduction")
+
+
+def trainer_errors(task: Task, cells: list) -> dict[str, TaskError]:
+    """One error per key, of the first cell that has it."""
+    found: dict[str, TaskError] = {}
+    for cell in cells:
+        engine = cell.get("train.engine", None) if cell.settings.get("train") else "none"
+        rules = [] if engine == "none" else (_of_moe(cell) if engine == "moe" else _of_dense(cell)) + _of_ranks(cell)
+        for key, value, allowed in [*_of_training(task, cell), *rules]:
+            found.setdefault(key, TaskError(task.file, key, value, allowed))
+    return found
+
+
+def _of_training(task: Task, cell) -> list[tuple]:
+    """What acts on training alone. Fresh adapters are the model they sit on: without training nothing is to be seen of
+    them."""
+    given = {key: cell.get(key, None) for key in OF_TRAINING if task.protocol != "rl"}
+    shown = {key: f"rank {value['rank']}" if key == "train.lora" else value for key, value in given.items() if value is not None}
+    return [(key, value, "nothing, outside protocol rl") for key, value in shown.items()]
+
+
+def _of_moe(cell) -> list[tuple]:
+    family, attention, lora = (cell.get(path, None) for path in ("model.family", "train.attention", "train.lora"))
+    rules = [
+        (family in MOE_FAMILIES, "model.family", family, f"{', '.join(MOE_FAMILIES)} with train.engine moe"),
+        (attention in (None, "sdpa"), "train.attention", attention, "sdpa with train.engine moe"),
+        (not lora, "train.lora", f"rank {lora['rank']}" if lora else None, "nothing with train.engine moe"),
+    ]
+    return [rule[1:] for rule in rules if not rule[0]]
+
+
+def _of_dense(cell) -> list[tuple]:
+    experts = cell.get("train.parallel.expert", None) or 1
+    return [("train.parallel.expert", experts, "1 with train.engine dense")] if experts > 1 else []
+
+
+def _of_ranks(cell) -> list[tuple]:
+    """Experts are spread over the ranks that share the data."""
+    data, experts = (cell.get(f"train.parallel.{name}", None) or 1 for name in ("data", "expert"))
+    return [("train.parallel.expert", experts, f"a divisor of train.parallel.data, {data}")] if data % experts else []
