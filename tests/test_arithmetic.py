@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -155,3 +156,53 @@ def test_what_was_rounded_is_on_the_grid_and_stays_there(name):
 
 def test_a_dtype_is_its_own_grid():
     assert on_grid(torch.ones(2, dtype=torch.float16), "fp16") and not on_grid(torch.ones(2), "fp16")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("experts", [False, True])
+def test_no_16_bit_product_of_a_trainer_or_a_plain_sampler_reaches_a_native_kernel(tmp_path, experts, precision):
+    """Whatever the operator is called: one that multiplies and is given 16-bit numbers, forward or backward, is one too many."""
+    from small_models import OPTIMIZER, ROLLOUT, TRAIN, some_requests, write_model
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from suite.engines.batch import MiniBatch
+    from suite.engines.samplers.load import load_sampler
+    from suite.engines.trainers.load import load_trainer
+    from suite.spec.algorithms import resolve
+
+    products = ("mm", "bmm", "addmm", "matmul", "linear", "attention", "dot", "conv")
+
+    class Native(TorchDispatchMode):
+        found: set[str] = set()
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(part in function.__name__ for part in products):
+                dtypes = {x.dtype for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+                Native.seen += 1
+                if dtypes & {torch.float16, torch.bfloat16}:
+                    Native.found.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    folder = write_model(tmp_path, experts=experts)
+    trainer = load_trainer(folder, TRAIN | {"optimizer": OPTIMIZER}, {"rollout": precision, "train": precision}, 1.0)
+    sampler = load_sampler(folder, ROLLOUT | {"engine": "hf", "max_tokens": 2}, precision, [2])
+    rows = [(list(range(3, 20)), 4), (list(range(5, 30)), 4)]
+    with Native():
+        old = trainer.score(rows)
+        trainer.update(MiniBatch(rows, old, old, np.array([1, -1], np.float32), 32), resolve("GRPO"))
+        sampler.sample(some_requests(2))
+    assert trainer.executed()["arithmetic"] == sampler.executed()["sampler_products"] == "rounded-fp32-accumulate"
+    assert Native.seen > 50 and Native.found == set()
+
+
+def test_the_flags_of_products_are_told_as_words():
+    from suite.engines.arithmetic import matmul_flags
+
+    assert set(matmul_flags().values()) <= {"true", "false", "highest", "high", "medium"} | {"(true, true)"}
+    before = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    try:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        assert matmul_flags()["bf16_reduced_precision_reduction"] == "false"
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before

@@ -133,7 +133,6 @@ def test_settings_that_ask_for_nothing_special_are_no_request():
 
 @pytest.mark.parametrize(("name", "bad"), [
     ("vllm-cascade-attention", node() | {"packages": {"vllm": "0.10.2", "torch": "2.8.0"}}),
-    ("vllm-logits-dtype", node() | {"packages": {"vllm": "0.26.0", "torch": "2.11.0"}}),
     ("torch-cuda-without-gpu", machine(torch_build="cuda")),
     ("torch-cpu-beside-gpu", machine(gpus=[A100])),
     ("torchvision-cuda", machine(packages=LAPTOP["packages"] | {"torchvision": "0.28.0"})),

@@ -105,3 +105,22 @@ def arithmetic_for(device: torch.device | str, dtype: torch.dtype):
     if torch.device(device).type == "cpu" and dtype in SIXTEEN_BIT:
         return ROUNDED, RoundedProducts
     return NATIVE, nullcontext
+
+
+def experts_for(device: torch.device | str) -> dict[str, str]:
+    """How transformers is to form the products of experts: on a CPU one expert after the other, each a linear layer. Its own
+    choice, a grouped product, is a kernel that RoundedProducts does not reach."""
+    return {"experts_implementation": "eager"} if torch.device(device).type == "cpu" else {}
+
+
+def matmul_flags() -> dict[str, str]:
+    """What torch may do to the products of this process, trainer and in-process sampler alike: TF32 in place of fp32, and
+    16-bit sums of the parts of a split product. They act on GPUs alone."""
+    matmul = torch.backends.cuda.matmul
+    flags = {
+        "allow_tf32": matmul.allow_tf32,
+        "fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
+        "bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "fp32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    return {name: str(value).lower() for name, value in flags.items()}

@@ -108,18 +108,15 @@ class KnownBad:
     needed: str
 
 
+# Not here: the dtype of vLLM's logits. They are in the model's dtype, and both samplers upcast them before the softmax, in
+# 0.25.1 as in 0.32.0 (there: model_executor/layers/logits_processor.py:180-199, v1/sample/sampler.py:96-97,
+# v1/worker/gpu/sample/sampler.py:242). What ran is recorded as rollout_logits.
 KNOWN_BAD = (
     KnownBad(
         "vllm-cascade-attention",
         lambda env: older(env, "vllm", (0, 11)) and any("A100" in gpu["name"] for gpu in env["gpus"]),
         "vLLM before 0.11.0 on A100: cascade attention is reported to add mismatch (vLLM issue 22103)",
         "vllm 0.11.0 or newer, or rollout.cascade_attention: false",
-    ),
-    KnownBad(
-        "vllm-logits-dtype",
-        lambda env: "vllm" in env["packages"] and bool(env["gpus"]) and not older(env, "vllm", (0, 26)),
-        "vLLM from 0.26 on leaves logits in the model's 16-bit type, earlier releases upcast them to fp32",
-        "vllm 0.25.1 as in requirements/gpu.lock, or an fp32 head (hf_overrides head_dtype)",
     ),
     KnownBad(
         "torch-cuda-without-gpu",

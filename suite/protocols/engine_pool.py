@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from suite.engines.arithmetic import matmul_flags
 from suite.engines.batch import Request, Rollout, request_seed
 from suite.engines.models import load_tokenizer, model_folder, model_record, stop_token_ids
 from suite.engines.ranks import Ranks
@@ -104,6 +105,10 @@ class Engines:
         golds = [gold_of[rollout.request.prompt_id] for rollout in rollouts]
         truncated = [rollout.finish_reason == "length" for rollout in rollouts]
         return [reward.value for reward in self.rewards.score(texts, golds, truncated)]
+
+    def executed(self, trainer=None) -> dict[str, str]:
+        """What the sampler, and the trainer of a cell, say that they ran in, and torch's flags for both."""
+        return self.sampler.executed() | (trainer.executed() if trainer else {}) | matmul_flags()
 
     def close(self) -> None:
         for engine in (self._sampler, *self._trainers.values(), self.rewards):

@@ -54,7 +54,7 @@ def sample_all(cell: Cell, prompts: list[Prompt], writer: RunWriter, engines: En
         row = {"step": index, "num_rollouts": len(rollouts), "t_sample_s": seconds}
         row["num_response_tokens"] = sum(rollout.num_response_tokens for rollout in rollouts)
         writer.append(row | {name: values[name] for name in WITHOUT_TRAINER}, evidence)
-        writer.note_executed(engines.sampler.executed())
+        writer.note_executed(engines.executed())
         writer.note_weights(engines.weights)
         session.progress(cell.name, index + 1, len(batches), f"accuracy {np.mean(rewards):.3f}")
 

@@ -118,7 +118,7 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
         if trainer:
             row |= routing_disagreement(engines.scorable(rollouts), engines.sampler, trainer)
         writer.append(row | seconds, evidence)
-        writer.note_executed(engines.sampler.executed() | (trainer.executed() if trainer else {}))
+        writer.note_executed(engines.executed(trainer))
         writer.note_weights(engines.weights)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from suite.engines.arithmetic import arithmetic_for, torch_dtype
+from suite.engines.arithmetic import arithmetic_for, experts_for, torch_dtype
 from suite.engines.batch import Request, Rollout, empty_rollout, response_room
 from suite.engines.samplers.load import weights_format
 from suite.spec.precision import dtype_name
@@ -26,17 +26,19 @@ class HfSampler:
         self._rollout, self._precision, self._stop = rollout, precision, set(stop_token_ids)
         self._strings = StopStrings(model_path, rollout["stop"]) if rollout.get("stop") else None
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch_dtype(precision), trust_remote_code=False)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=torch_dtype(precision), trust_remote_code=False, **experts_for(self._device)
+        )
         self._model = self._model.eval().to(self._device)
         self.arithmetic, self._products = arithmetic_for(self._device, torch_dtype(precision))
         self._cache_dtype = self._logits_dtype = None
 
     @torch.inference_mode()
     def sample(self, requests: list[Request]) -> list[Rollout]:
-        by_length: dict[int, list[int]] = {}
+        by_length: dict[tuple[int, int], list[int]] = {}
         for index, request in enumerate(requests):
-            if response_room(request, self._rollout) > 0:
-                by_length.setdefault(len(request.prompt_token_ids), []).append(index)
+            if (room := response_room(request, self._rollout)) > 0:
+                by_length.setdefault((len(request.prompt_token_ids), room), []).append(index)
         size = self._rollout.get("max_num_seqs") or DEFAULT_MAX_NUM_SEQS
         rollouts = [empty_rollout(request) for request in requests]
         with self._products():

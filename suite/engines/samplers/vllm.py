@@ -23,6 +23,9 @@ IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
+# fp32 products of Triton kernels, attention among them, are TF32 on NVIDIA GPUs unless this says otherwise (triton/knobs.py,
+# language/core.py of 3.9: dot). Read when a kernel is compiled; a value that is set already stays.
+FP32_DOT, FP32_DOT_EXACT = "TRITON_F32_DEFAULT", "ieee"
 DEFAULT_CACHE_GIB = 1.0
 
 
@@ -38,6 +41,8 @@ class VllmSampler:
         cache_gib = rollout.get("kv_cache_gib") or (None if on_gpu else DEFAULT_CACHE_GIB)
         if cache_gib and not on_gpu:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(cache_gib)))
+        if on_gpu and FORMATS[precision].storage == "fp32":
+            os.environ.setdefault(FP32_DOT, FP32_DOT_EXACT)
         from vllm import LLM
 
         self._rollout, self._precision, self._stop_token_ids = rollout, precision, list(stop_token_ids)
@@ -137,7 +142,10 @@ class VllmSampler:
     def load_weights(self, named_tensors, repair: bool = True) -> None:
         """Replace the engine's weights by (checkpoint name, tensor) pairs; repair=False only to show what a reload
         without the repair leaves behind. sync.prove_sync is what says whether they arrived."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self._llm.llm_engine.vllm_config):  # what sets up kernels of experts again asks for it
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if repair and not torch.cuda.is_available():
             _repack(self._runner.model)
         if self._rollout["prefix_caching"] and not self._llm.reset_prefix_cache():
@@ -155,6 +163,8 @@ class VllmSampler:
             "sampler_engine": "vllm",
             "sampler_attention": self._runner.attn_groups[0][0].backend.get_name(),
             "sampler_products": _products(self._runner.model),
+            "sampler_fp32_dot": os.environ.get(FP32_DOT, "default"),
+            "sampler_runner": f"{type(self._runner).__module__}.{type(self._runner).__name__}",
         }
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from suite.engines.arithmetic import arithmetic_for, torch_dtype
+from suite.engines.arithmetic import arithmetic_for, experts_for, torch_dtype
 from suite.engines.batch import MiniBatch
 from suite.engines.ranks import Ranks
 from suite.engines.trainers.health import ActivationWatch, underflow_share
@@ -42,7 +42,7 @@ class DenseTrainer:
         self._can_train = train.get("optimizer") is not None
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch.float32 if self._can_train else self._dtype,
-            attn_implementation=train.get("attention") or "sdpa", trust_remote_code=False,
+            attn_implementation=train.get("attention") or "sdpa", trust_remote_code=False, **experts_for(self._device),
         )  # fmt: skip
         self._model = model.eval().to(self._device)
         self.arithmetic, self._products = arithmetic_for(self._device, self._dtype)
