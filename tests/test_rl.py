@@ -199,14 +199,14 @@ def test_a_checkpoint_that_is_ahead_of_the_record_is_passed_over(tmp_path):
     assert (done, state["step"].item()) == (2, 2) and passed_over == ["step-00004.pt: the record has only 3 whole steps"]
 
 
-def test_no_problem_comes_twice_in_a_step_and_every_pass_has_another_order():
+def test_no_problem_comes_twice_in_a_round_and_every_pass_has_another_order():
     prompts = list(range(10))
-    steps = [rl._prompts_of_step(prompts, 4, step, seed=0) for step in range(6)]  # two steps a pass, two problems left out
+    steps = [rl._prompts_of_round(prompts, 4, 0, step) for step in range(6)]  # two steps a pass, two problems left out
     assert all(len(set(step)) == 4 for step in steps)
     passes = [steps[i] + steps[i + 1] for i in (0, 2, 4)]
     assert all(len(set(one)) == 8 for one in passes) and passes[0] != passes[1]
     with pytest.raises(UserError, match="prompts_per_step: found 11, allowed: at most the 10 problems"):
-        rl._prompts_of_step(prompts, 11, 0, seed=0)
+        rl._prompts_of_round(prompts, 11, 0, 0)
 
 
 def test_log_probs_that_are_not_finite_end_the_run_as_diverged(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from suite.door import read_parquet
 from suite.files import write_parquet
 from suite.measure.bins import bin_sums, token_property
-from suite.record.evidence import flat, num_response_tokens
+from suite.record.evidence import flat, num_response_tokens, whole_rows
 
 NUM_TAIL_TOKENS, NUM_TOKENS, NUM_SEQUENCES = 500, 3000, 4000
 SAMPLE_SEED = 2510_26788
@@ -73,9 +73,9 @@ def plot_points(evidence: Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(log mu, log pi) of all response tokens of a part, flat, in nats and float64; the response lengths; and the
+    """(log mu, log pi) of all response tokens that a part keeps, flat, in nats and float64; the response lengths; and the
     entropies of pi, empty where none were recorded."""
-    table = pq.read_table(path)
+    table = whole_rows(pq.read_table(path))
     log_mu, log_pi = flat(table, "rollout_logprobs"), flat(table, "trainer_logprobs")
     entropies = flat(table, "trainer_entropies") if "trainer_entropies" in table.column_names else np.empty(0)
     return log_mu, log_pi, num_response_tokens(table), entropies

@@ -12,12 +12,14 @@ PAD_TO_TOKENS = 16  # lengths are rounded up to this, so that few distinct shape
 
 @dataclass(frozen=True)
 class Request:
-    """One response to sample. `seed` fixes its randomness whatever else is in the batch."""
+    """One response to sample, of at most `max_tokens` where that is less than rollout.max_tokens. `seed` fixes its
+    randomness whatever else is in the batch."""
 
     prompt_id: str
     sample_id: int
     prompt_token_ids: tuple[int, ...]
     seed: int
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Rollout:
 def response_room(request: Request, rollout: dict) -> int:
     """How many response tokens fit: max_tokens, or what max_model_len leaves beside the prompt. Can be 0 or less."""
     context = rollout.get("max_model_len")
-    room = rollout["max_tokens"]
+    room = rollout["max_tokens"] if request.max_tokens is None else min(rollout["max_tokens"], request.max_tokens)
     return room if context is None else min(room, context - len(request.prompt_token_ids))
 
 

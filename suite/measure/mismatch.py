@@ -155,14 +155,14 @@ def prompt_sums(
     not rewarded. Lengths in the sequence moments are in thousands of tokens. A prompt without any token has max =
     -inf and min = +inf. ValueError: shapes that disagree, non-finite log-probabilities, infinite rewards.
     """
-    rollouts = _rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, truncated)
+    rollouts = rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, truncated)
     if len(prompt_ids) != len(rollouts["num_rollouts"]):
         raise ValueError(f"{len(prompt_ids)} prompt_ids for {len(rollouts['num_rollouts'])} rollouts")
     return _merge_rows([str(p) for p in prompt_ids], rollouts)
 
 
-def _rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, truncated) -> Sums:
-    """The same columns as prompt_sums without prompt_id, one row per rollout."""
+def rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, truncated) -> Sums:
+    """The columns of prompt_sums but prompt_id, one row per rollout; arguments and errors are those of prompt_sums."""
     r = log_ratio(rollout_logprobs, trainer_logprobs)
     lengths = token_counts(num_tokens, r.size)
     with np.errstate(over="ignore"):
@@ -218,20 +218,45 @@ def _flags(truncated, num_rollouts: int) -> Int[np.ndarray, "N"]:
     return flags.astype(np.int64)
 
 
+class RunningSums:
+    """Prompt sums to which rows are added as they come, in memory for one row per prompt.
+
+    Rows added in several calls give the bits that one call with all of them gives: every entry is added to, row by row,
+    in the order in which rows come.
+    """
+
+    def __init__(self):
+        self._index: dict[str, int] = {}
+        self._columns: Sums = {column: np.zeros(0, _START[column][1]) for column in PROMPT_SUM_COLUMNS[1:]}
+
+    def add(self, keys: Sequence[str], rows: Mapping) -> None:
+        """Rows with the same key become one row: sums add, maxima and minima are taken."""
+        where = np.array([self._index.setdefault(key, len(self._index)) for key in keys], dtype=np.int64)
+        for column, (start, dtype, reduce) in _START.items():
+            old = self._columns[column]
+            out = np.concatenate([old, np.full(len(self._index) - len(old), start, dtype)])
+            reduce.at(out, where, np.asarray(rows[column], dtype=dtype))
+            self._columns[column] = out
+
+    def table(self) -> Sums:
+        """The columns of PROMPT_SUM_COLUMNS, a row per key in order of first appearance."""
+        return {"prompt_id": np.array(list(self._index), dtype=object)} | {name: c.copy() for name, c in self._columns.items()}
+
+
+def _start(column: str) -> tuple[float, type, np.ufunc]:
+    """What a column is of no row, its dtype, and how rows are joined."""
+    if column in MAXIMA or column in MINIMA:
+        return (-np.inf, float, np.maximum) if column in MAXIMA else (np.inf, float, np.minimum)
+    return 0, np.int64 if column in COUNTS else float, np.add
+
+
+_START = {column: _start(column) for column in PROMPT_SUM_COLUMNS[1:]}
+
+
 def _merge_rows(keys: list[str], rows: Sums) -> Sums:
-    """Rows with the same key become one row: sums add, maxima and minima are taken."""
-    index: dict[str, int] = {}
-    where = np.array([index.setdefault(key, len(index)) for key in keys], dtype=np.int64)
-    merged: Sums = {"prompt_id": np.array(list(index), dtype=object)}
-    for column in PROMPT_SUM_COLUMNS[1:]:
-        if column in MAXIMA or column in MINIMA:
-            reduce, start, dtype = (np.maximum, -np.inf, float) if column in MAXIMA else (np.minimum, np.inf, float)
-        else:
-            reduce, start, dtype = np.add, 0, np.int64 if column in COUNTS else float
-        out = np.full(len(index), start, dtype=dtype)
-        reduce.at(out, where, np.asarray(rows[column], dtype=dtype))
-        merged[column] = out
-    return merged
+    running = RunningSums()
+    running.add(keys, rows)
+    return running.table()
 
 
 def concat_sums(tables: Sequence) -> Sums:

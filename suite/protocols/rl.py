@@ -2,7 +2,7 @@
 
     prove the sync, once                         the sampler follows every trainer weight (sync.py)
     for each step
-        sample      G rollouts of each prompt from mu, whose log-probs are kept
+        sample      G rollouts of each prompt from mu, whose log-probs are kept; more rounds of it with dynamic sampling
         reward      1 or 0
         score       log pi(theta') of the same tokens by the trainer
         mismatch    mu against pi, before any update
@@ -24,6 +24,7 @@ import math
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,11 +39,11 @@ from suite.measure.mismatch import estimates, token_statistics
 from suite.measure.routing import routing_disagreement
 from suite.measure.watch import by_advantage
 from suite.problems.data import Prompt, load_held_out, load_prompts
+from suite.protocols.drawing import draw, rounds_before
 from suite.protocols.engine_pool import Engines, run_one_by_one
 from suite.protocols.evidence import evidence_table
 from suite.protocols.session import Session
-from suite.record.evidence import flat, num_response_tokens, summarise
-from suite.record.run import read_evidence
+from suite.record.evidence import Tally, flat, num_response_tokens, summarise, thinned
 from suite.record.writer import RunWriter
 from suite.spec.algorithms import Algorithm, resolve
 from suite.spec.perturbations import perturbed
@@ -50,7 +51,7 @@ from suite.spec.plan import Cell
 from suite.spec.precision import FORMATS, Precision
 
 DEFAULT_CHECKPOINT_EVERY = 10
-NUM_PROBE_PROMPTS = 8
+NUM_PROBE_PROMPTS, MAX_PROBE_TOKENS = 8, 256
 DIVERGED_AFTER = 10  # steps in a row in which no gradient was finite
 
 
@@ -84,6 +85,10 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     if "recovered" in writer.record:
         session.progress(cell.name, done, num_steps, "; ".join(writer.record["recovered"]))
 
+    tally = Tally()
+    for part in writer.read_parts():
+        tally.add(part)
+
     # --- both engines hold the checkpoint's weights: prove that the sampler follows the trainer
     sync_weights(trainer, sampler, wire)
     probe = _probe(prompts, engines, precision)
@@ -94,15 +99,21 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         sync_weights(trainer, sampler, wire)
 
     # --- the loop
+    order = partial(_prompts_of_round, prompts, schedule["prompts_per_step"], cell.seed)
+    max_rounds = cell.get("schedule.dynamic_sampling.max_rounds", None)
     diverged = _diverged(writer.metrics, schedule["minibatches"])
     for step in range(done, done if diverged else num_steps):
         clock = Clock()
-        batch = _prompts_of_step(prompts, schedule["prompts_per_step"], step, cell.seed)
-        rollouts = ranks.spread(engines.requests(batch, cell.seed, step), sampler.sample)
-        clock.lap("t_sample_s")
-        rewards = ranks.spread(rollouts, lambda share: engines.reward(share, batch))
-        clock.lap("t_rest_s")
 
+        def take(batch: list[Prompt], step: int = step, clock: Clock = clock):
+            rollouts = ranks.spread(engines.requests(batch, cell.seed, step), sampler.sample)
+            clock.lap("t_sample_s")
+            rewards = ranks.spread(rollouts, lambda share: engines.reward(share, batch))
+            clock.lap("t_rest_s")
+            return rollouts, rewards
+
+        drawn = draw(order, take, rounds_before(writer.metrics), max_rounds)
+        batch, rollouts, rewards = drawn.prompts, drawn.rollouts, drawn.rewards
         sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
         trainer_logprobs = ranks.spread(sequences, trainer.score)
         clock.lap("t_score_s")
@@ -112,7 +123,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
             diverged = True
             break
         evidence = evidence_table(rollouts, trainer_logprobs, step, rewards)
-        row = _mismatch(step, rollouts, evidence) | routing_disagreement(engines.scorable(rollouts), sampler, trainer)
+        row = _mismatch(step, rollouts, evidence) | drawn.metrics | routing_disagreement(engines.scorable(rollouts), sampler, trainer)
         clock.lap("t_rest_s")
 
         taught = _shuffled(rewards, cell.seed, step) if shuffle_rewards else rewards
@@ -137,8 +148,11 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
         row |= _training(updates) | {"sync_probe_k3": gap.k3, "sync_probe_logprob_diff_mean": gap.logprob_diff_mean}
         clock.lap("t_rest_s")
+        tally.add(evidence)
+        if num_whole := schedule.get("whole_rows_per_step"):
+            evidence = thinned(evidence, num_whole, request_seed(cell.seed, "evidence", step))
         writer.append(row | clock.laps, evidence)
-        writer.note_executed(sampler.executed() | trainer.executed() | {"wire": travelled})
+        writer.note_executed(engines.executed(trainer) | {"wire": travelled})
         due = (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps
         if due and ranks.is_first:
             save_checkpoint(writer.folder / "checkpoint", step + 1, trainer.state_dict())
@@ -148,7 +162,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         if diverged:
             break
     if ranks.is_first:
-        _finish(writer, diverged)
+        _finish(writer, tally, diverged)
 
 
 def _diverged(metrics: list[dict], num_updates: int) -> bool:
@@ -174,12 +188,12 @@ class Clock:
         self._last = now
 
 
-def _prompts_of_step(prompts: list[Prompt], num: int, step: int, seed: int) -> list[Prompt]:
-    """The next `num` problems: every pass over the set is a new permutation, whose end that fills no step is left out,
-    so that no problem comes twice in a step."""
+def _prompts_of_round(prompts: list[Prompt], num: int, seed: int, number: int) -> list[Prompt]:
+    """The `num` problems of one round of sampling, of which a step has one, or more (drawing.py): every pass over the set is a new permutation, whose end that fills no step is left out,
+    so that no problem comes twice in a round."""
     if num > len(prompts):
         raise UserError(f"schedule.prompts_per_step: found {num}, allowed: at most the {len(prompts)} problems of the set")
-    epoch, place = divmod(step, len(prompts) // num)
+    epoch, place = divmod(number, len(prompts) // num)
     order = np.random.default_rng(request_seed(seed, "order", epoch)).permutation(len(prompts))
     return [prompts[i] for i in order[place * num : (place + 1) * num]]
 
@@ -268,24 +282,25 @@ def _training(updates: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _probe(prompts: list[Prompt], engines: Engines, precision: Precision) -> Probe:
-    """Fixed sequences: the sampler's own rollouts of the first problems, before any training."""
-    rollouts = engines.sampler.sample(engines.requests(prompts[:NUM_PROBE_PROMPTS], "probe"))[:: engines.samples_per_prompt]
-    sequences = engines.scorable(rollouts)
+    """Fixed sequences: the sampler's own rollouts of the first problems, one each, before any training. Rank 0 samples them:
+    they are scored at every sync, so they are few and short."""
+    requests = engines.requests(prompts[:NUM_PROBE_PROMPTS], "probe")[:: engines.samples_per_prompt]
+    short = [replace(request, max_tokens=MAX_PROBE_TOKENS) for request in requests]
+    sequences = engines.ranks.first(engines.scorable(engines.sampler.sample(short)) if engines.ranks.is_first else None)
     if not sequences:
         raise UserError("rollout.max_model_len: none of the first problems leaves room for a response of two tokens")
     return Probe(sequences, precision.coarser, engines.ranks, precision.wire)
 
 
-def _finish(writer: RunWriter, diverged: bool) -> None:
-    evidence = read_evidence(writer.folder)
-    sums = summarise(evidence)
+def _finish(writer: RunWriter, tally: Tally, diverged: bool) -> None:
+    sums = tally.sums()
     counts = {
         "num_prompts": len(sums["prompt_id"]),
-        "num_rollouts": evidence.num_rows,
+        "num_rollouts": int(np.sum(sums["num_rollouts"])),
         "num_response_tokens": int(np.sum(sums["num_response_tokens"])),
         "num_steps": len(writer.metrics),
         "num_skipped_steps": sum(row["step_skipped"] for row in writer.metrics),
     }
     status = "diverged" if diverged else "success"
-    writer.finish(status, summary=sums, counts=counts, series_summary=estimates(sums) | _token_statistics(evidence))
+    writer.finish(status, summary=sums, counts=counts, series_summary=estimates(sums) | tally.token_statistics())
     shutil.rmtree(writer.folder / "checkpoint", ignore_errors=True)  # it was there to resume

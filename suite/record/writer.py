@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,10 @@ class RunWriter:
             os.fsync(file.fileno())
         self._lines.append(line)
 
+    def read_parts(self) -> Iterator[pa.Table]:
+        """The evidence of each part that there is, one at a time."""
+        return (read_part(self._part_path(index)) for index in range(self.parts_done))
+
     def note_recovery(self, *what: str) -> None:
         """Say in the record what was found broken and passed over."""
         self.record["recovered"] = [*self.record.get("recovered", []), *what]
@@ -245,6 +250,9 @@ class SilentWriter(RunWriter):
     def append(self, metrics: dict, evidence: pa.Table | None = None) -> None:
         signals.check()
         self._rows.append(dict(metrics))
+
+    def read_parts(self) -> Iterator[pa.Table]:
+        return iter(())
 
     def update(self, **fields) -> None:
         self.record.update(fields)

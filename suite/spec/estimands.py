@@ -94,6 +94,12 @@ _ROWS = (
     Estimand("bad_update_share_0p5", "share of tokens with A < 0 and pi - mu < -0.5", SHARE, UNIT, "logit"),
     Estimand("bad_update_share_0p2", "share of tokens with A < 0 and pi - mu < -0.2", SHARE, UNIT, "logit"),
     Estimand("eval_reward_mean", "mean reward of the trainer's own policy on held-out problems", SHARE, UNIT, "logit", gaps=True),
+    Estimand("drawn_reward_mean", "mean reward of all responses that a step drew, also of groups that dynamic sampling left out", SHARE,
+             UNIT, "logit"),
+    Estimand("sampling_rounds", "rounds of sampling of an iteration", "rounds", NON_NEGATIVE, "identity"),
+    Estimand("sampling_limit_reached", "whether max_rounds ended dynamic sampling before enough groups disagreed", SHARE, UNIT,
+             "identity"),
+    Estimand("disagreeing_groups_share", "share of drawn groups whose rewards differ", SHARE, UNIT, "logit"),
     Estimand("grad_norm", "L2 norm of the unscaled gradient before clipping", "1", NON_NEGATIVE, "log", gaps=True),
     Estimand("learning_rate", "learning rate of the iteration's last update", "1", NON_NEGATIVE, "log"),
     Estimand("loss_scale", "fp16 loss scale in force", "1", NON_NEGATIVE, "log"),
@@ -188,7 +194,8 @@ SAMPLER_ESTIMANDS: dict[str, Estimand] = {
 # What only training gives.
 TRAINING = (
     "learning_rate", "mismatch_push_positive", "mismatch_push_negative", "bad_update_share_0p5", "bad_update_share_0p2", "eval_reward_mean",
-    "grad_norm", "loss_scale", "step_skipped", "loss", "grad_underflow_share", "grad_scaled_max_abs", "activation_max_abs",
+    "drawn_reward_mean", "sampling_rounds", "sampling_limit_reached", "disagreeing_groups_share", "grad_norm",
+    "loss_scale", "step_skipped", "loss", "grad_underflow_share", "grad_scaled_max_abs", "activation_max_abs",
     "clip_fraction", "importance_weight_mean", "importance_weight_max", "truncated_fraction", "masked_fraction",
     "sync_probe_k3", "sync_probe_logprob_diff_mean", "t_train_s", "t_sync_s", "t_rest_s",
 )  # fmt: skip

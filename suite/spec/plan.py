@@ -21,9 +21,10 @@ from suite.spec.task import Control, Task, axis_label, deep_merge
 from suite.spec.task_errors import explain
 
 _MISSING = object()
-# Not in the key: where a file lies, which is not what it is, and the pin of a model's small files, which is checked
-# whenever they are used; so a task may be pinned more tightly and keep its runs.
-PATHS = ("model.path", "data.path", "data.kept.path", "data.reference.path", "model.files_sha256")
+# Not in the key: where a file lies, which is not what it is; the pin of a model's small files, which is checked
+# whenever they are used, so that a task may be pinned more tightly and keep its runs; and how much evidence is kept, which
+# no sum depends on.
+PATHS = ("model.path", "data.path", "data.kept.path", "data.reference.path", "model.files_sha256", "schedule.whole_rows_per_step")
 
 
 @dataclass(frozen=True)

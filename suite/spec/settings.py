@@ -317,10 +317,19 @@ class Algorithm(Strict):
     perturb: PerturbLoss | None = None
 
 
+class DynamicSampling(Strict):
+    """DAPO's: problems are drawn, in at most `max_rounds` rounds of prompts_per_step, until so many have responses that do
+    not all get the same reward (drawing.py)."""
+
+    max_rounds: Positive
+
+
 class Schedule(Strict):
     """Counts per run: `steps` are rollout iterations, `minibatches` the gradient steps in each; every `eval_every` of them
     the trainer's policy is evaluated on data.held_out. minibatch_of: what a mini-batch is drawn from: prompts with all
     their responses (null means this), or responses, so that those of one prompt come into different gradient steps.
+    whole_rows_per_step: of how many rollouts of a step, drawn at random, the evidence keeps tokens and log-probs; of the
+    others it keeps their sums. Null keeps all.
     """
 
     steps: Positive | None = None
@@ -329,6 +338,8 @@ class Schedule(Strict):
     minibatch_of: Literal["prompts", "responses"] | None = None
     eval_every: Positive | None = None
     checkpoint_every: Positive | None = None
+    whole_rows_per_step: Positive | None = None
+    dynamic_sampling: DynamicSampling | None = None
 
 
 class Settings(Strict):
