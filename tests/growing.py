@@ -3,7 +3,7 @@
 import sys
 import time
 
-from suite.cli import main as cli
+from suite.cli.main import main as cli
 from suite.cli import verbs
 from suite.protocols import run as protocols
 

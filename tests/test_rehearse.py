@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from suite.cli import main as cli
+from suite.cli.main import main as cli
 from suite.protocols.rehearse import rehearsal
 from suite.spec.plan import plan
 from suite.spec.settings import REQUIRED, Settings

@@ -90,7 +90,7 @@ def test_a_good_task_loads_validates_and_is_frozen(checkout):
     task = load_task(checkout())
     assert check(task) == ([], [])
     assert (task.model.sha256, task.grade["C1-k3"].accept, task.seeds) == ("a" * 64, (16, 128), (0, 1, 2))
-    assert task.text == GOOD and load_task("tiny").id == "tiny"
+    assert load_task("tiny").id == "tiny"
     with pytest.raises(ValidationError):
         task.version = 2
 
@@ -456,9 +456,7 @@ def test_a_task_outside_a_checkout_needs_one(tmp_path, monkeypatch):
 
 
 def test_the_json_schema_in_the_repository_is_current():
-    assert (REPO / "tasks" / "schema.json").read_text() == json_schema(), (
-        "run: python -m suite.spec.task > tasks/schema.json"
-    )
+    assert (REPO / "tasks" / "schema.json").read_text() == json_schema(REPO / "tasks"), "run: suite lock"
 
 
 def test_every_task_of_the_repository_is_valid(monkeypatch):
@@ -475,4 +473,4 @@ def test_a_repository_task_breaks_when_its_baselines_go(tmp_path, monkeypatch):
         )
     (tmp_path / "baselines" / "paper.yaml").write_text("C2: {}\n")
     keys = {error.key for error in errors_of(tmp_path / "tasks" / "paper" / "offline-mismatch.yaml")}
-    assert "claims.C1.paper.baseline" in keys
+    assert "claims.C1.paper" in keys

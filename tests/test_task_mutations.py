@@ -87,8 +87,8 @@ def in_the_text(draw: random.Random, text: str) -> bytes:
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
-    """A checkout of task files and the paper's numbers, in which one stands."""
-    shutil.copytree(REPO / "tasks", tmp_path / "tasks")
+    """A checkout of task files and the paper's numbers, in which one stands. Without locks: any change makes one stale."""
+    shutil.copytree(REPO / "tasks", tmp_path / "tasks", ignore=shutil.ignore_patterns("_resolved"))
     (tmp_path / "baselines").mkdir()
     shutil.copy(REPO / "baselines" / "paper.yaml", tmp_path / "baselines")
     (tmp_path / "pyproject.toml").write_text('name = "fp16-mismatch-suite"\n')
@@ -114,7 +114,7 @@ def outcome(path: Path) -> str:
 @pytest.mark.parametrize("how", [in_the_tree, in_the_text])
 def test_a_mutated_task_file_is_valid_or_refused_with_its_key(tree, how, capsys):
     draw, found = random.Random(20261125), {"valid": 0, "refused": 0}
-    files = [path for path in sorted(tree.glob("tasks/*/*.yaml")) if path.parent.name != "_base"]
+    files = [path for path in sorted(tree.glob("tasks/*/*.yaml")) if not path.parent.name.startswith("_")]
     for _ in range(NUM // 2):
         path = draw.choice(files)
         intact = path.read_bytes()
@@ -138,6 +138,16 @@ def test_a_mutated_block_is_refused_where_it_is_used(tree, block, capsys):
     for how in (in_the_tree, in_the_text) * max(1, NUM // 40):
         path.write_bytes(how(draw, intact))
         outcome(users[0])
+
+
+@pytest.mark.parametrize("name", ["never-falls", "accuracy-at-least", "k3-ratio"])
+def test_a_mutated_type_of_claims_is_refused_where_it_is_used(tree, name):
+    draw, path, user = random.Random(11), tree / "tasks" / "_claims" / f"{name}.yaml", tree / "tasks" / "desk" / "desk-sanity-gspo.yaml"
+    intact, found = path.read_text(), set()
+    for how in (in_the_tree, in_the_text) * max(2, NUM // 20):
+        path.write_bytes(how(draw, intact))
+        found.add(outcome(user))
+    assert "refused" in found
 
 
 def test_one_bad_file_hides_no_other_task(tree, capsys):

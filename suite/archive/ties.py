@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
-from suite.archive.published import RECORD, records_of
 from suite.machine import environment
+from suite.spec.plan import Cell, differing_paths, read_path
 from suite.record.run import FINISHED, STATUSES, Run
-from suite.spec.plan import Cell, read_path
-from suite.spec.strict_yaml import parse_yaml
+from suite.archive.published import RECORD, records_of
+from suite.spec.task import read_task_text
 
-# Of a task's text: what says where a claim comes from and what it is called. It may be put better without a new version.
-# And where a file lies is no part of what it is: published records do not say it.
-PROSE = {"title", "tags", "statement", "paper", "tolerance", "path"}
+# What of a task decides neither a number nor a verdict: what says where a claim comes from and what it is called, what is
+# shown beside it, what a machine needs. It may be put better without a new version. And where a file lies is no part of
+# what it is: published records do not say it.
+PROSE = {"title", "tags", "statement", "paper", "tolerance", "path", "extends", "metrics", "resources", "budget"}
 
 
 def untied(run: Run, task, cells: dict[str, Cell]) -> list[str]:
@@ -93,13 +95,27 @@ def _text(run: Run, task) -> Iterator[str]:
         return
     if said["grade_version"] > task.grade_version:
         yield f"task.grade_version: found {said['grade_version']}, the task is at {task.grade_version}"
-    elif _meaning(parse_yaml(said["text"], task.file)[0]) != _meaning(parse_yaml(task.text, task.file)[0]):
-        yield f"task.text: another text than {task.file.name} at the same version {task.version} and grade_version {task.grade_version}"
+    elif problem := _differs(said["text"], task.text, task.file):
+        at = f"at the same version {task.version} and grade_version {task.grade_version}"
+        yield f"task.text: another text than {task.file.name} {at}: {problem}"
+
+
+@lru_cache(maxsize=256)  # the runs of a task say the same text, and `now` holds all that the blocks bring in
+def _differs(then: str, now: str, file: Path) -> str | None:
+    """Where the task of a record means something else than the one of today; None if nowhere. Either may be written with
+    blocks or in full, with claims as a list or as a map."""
+    (old, problems, _), (new, _, _) = read_task_text(then, file), read_task_text(now, file)
+    if old is None or problems:
+        return str(problems[0])
+    return ", ".join(differing_paths(_meaning(old.model_dump(mode="json")), _meaning(new.model_dump(mode="json")))) or None
 
 
 def _meaning(value):
     if isinstance(value, dict):
         return {name: _meaning(part) for name, part in value.items() if name not in PROSE}
+    named = isinstance(value, list) and value and all(isinstance(part, dict) and ("id" in part or "name" in part) for part in value)
+    if named:
+        return {part.get("id", part.get("name")): _meaning(part) for part in value}
     return [_meaning(part) for part in value] if isinstance(value, list) else value
 
 

@@ -291,7 +291,7 @@ def _run(task: Task, path: Path, evidence: dict, key: tuple, cell: Launch) -> Ru
             "id": task.id,
             "version": task.version,
             "grade_version": task.grade_version,
-            "text": task.source.text if task.source else "",
+            "text": task.text,
         },
         "cell": {
             "name": name,

@@ -19,13 +19,13 @@ def find_repo(start: Path | None = None) -> Path:
 
 
 def task_files(repo: Path | None = None) -> dict[str, Path]:
-    """Every task of the checkout by file name, sorted; blocks in _base are not tasks. Paths are relative to the
+    """Every task of the checkout by file name, sorted; folders such as _base hold none. Paths are relative to the
     current folder if below it.
     """
     here, repo = Path.cwd(), repo or find_repo()
     files = sorted(repo.glob("tasks/*/*.yaml"), key=lambda path: path.stem)
     shown = [path.relative_to(here) if path.is_relative_to(here) else path for path in files]
-    return {path.stem: path for path in shown if path.parent.name != "_base"}
+    return {path.stem: path for path in shown if not path.parent.name.startswith("_")}
 
 
 def task_path(path_or_id: str | Path) -> Path:

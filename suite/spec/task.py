@@ -6,6 +6,7 @@ allowed. What can only be judged across keys (one factor between arms, accept re
 validate.py. The settings sections are in settings.py. No torch.
 """
 
+import copy
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 
+from suite.spec import claim_library
+from suite.spec import claims as written
 from suite.errors import TaskError
 from suite.spec.checkout import base_folder, find_repo, task_files, task_path  # noqa: F401  (offered where people look)
 from suite.spec.settings import (
@@ -32,7 +35,8 @@ from suite.spec.settings import (
     Strict,
     Train,
 )
-from suite.spec.strict_yaml import TaskErrors, read_yaml
+from suite.spec.resolved_text import resolved_text
+from suite.spec.strict_yaml import TaskErrors, parse_yaml, read_yaml
 from suite.spec.task_errors import explain, field_locations, take_out
 
 Level = Literal["P0", "P1", "P2", "P3", "P4", "P5"]
@@ -217,10 +221,12 @@ class Budget(Strict):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task was read from, and its text as it stands in the file."""
+    """Where a task was read from, and what its file and blocks come to. claim_ids: of a file whose claims are a map (see
+    claims.written_key)."""
 
     path: Path
-    text: str
+    expanded: dict
+    claim_ids: list[str] | None
 
 
 class Task(Strict):
@@ -262,8 +268,9 @@ class Task(Strict):
 
     @property
     def text(self) -> str:
-        """The task file as it stood when it was read."""
-        return self._source.text if self._source else ""
+        """The task written out in full, as it stands in tasks/_resolved: blocks merged, claims with all that they say."""
+        keys = [field.alias or name for name, field in Task.model_fields.items()]
+        return resolved_text(self._source.expanded, keys, tuple(Grade.model_fields)) if self._source else ""
 
     @property
     def file(self) -> Path:
@@ -278,15 +285,41 @@ class Task(Strict):
         }
 
 
-def json_schema() -> str:
-    """The JSON Schema of a task file, for editors: `python -m suite.spec.task > tasks/schema.json`; a test keeps the file
-    current.
+def json_schema(folder: Path) -> str:
+    """The JSON Schema of a task file, for editors; `suite lock` writes it. folder: tasks/, for the types of claims.
 
     Only `id` is required in it, because blocks named in `extends` may supply the rest.
     """
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Task.model_json_schema(by_alias=True)}
     schema["required"] = ["id"]
+    claims = {"type": "object", "additionalProperties": {"anyOf": [*_type_schemas(folder), _claim_schema(schema["$defs"])]}}
+    schema["properties"] |= {
+        "claims": {"anyOf": [claims, schema["properties"]["claims"]]},
+        "fixed": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
+        "claim_defaults": {"type": "object"},
+    }
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+def _claim_schema(definitions: dict) -> dict:
+    """A claim of the map in full."""
+    parts = {name: part for kind in ("Claim", "Grade") for name, part in definitions[kind]["properties"].items() if name != "id"}
+    paper = {"anyOf": [{"type": "string"}, definitions["Paper"] | {"required": ["baseline"]}]}
+    tolerance = definitions["Tolerance"] | {"required": []}  # `fixed` gives the date
+    return {"type": "object", "properties": parts | {"paper": paper, "tolerance": tolerance}, "additionalProperties": False}
+
+
+def _type_schemas(folder: Path) -> list[dict]:
+    """A claim of each type of the library. No parameter is required: claim_defaults may give any."""
+    found = []
+    for name in claim_library.names(folder / "_claims"):
+        kind, errors = claim_library.claim_type(folder / "_claims" / f"{name}.yaml")
+        if kind is None:
+            raise TaskErrors(errors)
+        said = {key: parameter.schema for key, parameter in kind.parameters.items()}
+        parts = {"use": {"const": name}} | {key: {} for key in claim_library.BESIDE} | said
+        found.append({"type": "object", "properties": parts, "required": ["use"], "additionalProperties": False})
+    return found
 
 
 def load_all(repo: Path | None = None) -> dict[str, Task]:
@@ -323,38 +356,51 @@ def read_task(path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
     """(task, errors, keys left out). With errors the task is what remains without the faulty keys, so that the checks
     of validate.py can still speak about the rest; None where nothing sensible remains.
     """
-    raw, layers, errors = _read_layers(path)
-    if raw is None:
+    return _task_of(*read_yaml(path), path)
+
+
+def read_task_text(text: str, path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
+    """As `read_task`, for the text of a task in hand, such as a record's; `path` is where it would lie."""
+    return _task_of(*parse_yaml(text, path), path)
+
+
+def _task_of(raw: object, problems: list[TaskError], path: Path) -> tuple[Task | None, list[TaskError], list[str]]:
+    merged, layers, errors = _read_layers(raw, problems, path)
+    if merged is None:
         return None, errors, []
     said = {error.key for error in errors}
-    errors += _check_place(raw, path)
+    errors += _check_place(merged, path)
+    found = written.expand(merged, layers, tuple(Grade.model_fields), base_folder(path).parent)
+    errors, said, raw = errors + found.errors, said | set(found.left_out), found.raw
+    source = Source(path, copy.deepcopy(raw), found.ids)
     _expand_points(raw)
     task, left_out = None, []
     for _ in range(4):
         try:
             task = Task.model_validate_json(json.dumps(raw), strict=True)
-            task._source = Source(path, path.read_text(encoding="utf-8"))
+            task._source = source
             errors += _check_size(task)
             break
         except ValidationError as problem:
-            errors += [] if left_out else [error for error in explain(problem, raw, Task, layers) if error.key not in said]
+            news = [written.as_written(error, found.ids) for error in explain(problem, raw, Task, layers)]
+            errors += [] if left_out else [error for error in news if error.key not in said]
             faulty = field_locations(problem)
             left_out += [".".join(map(str, location)) for location in faulty]
             if not all([take_out(raw, location) for location in faulty]):
                 break
-    return task, errors, [*left_out, *said]
+    return task, errors, [*(written.written_key(key, found.ids) for key in left_out), *said]
 
 
-def _read_layers(path: Path) -> tuple[dict | None, list[tuple[Path, dict]], list[TaskError]]:
+def _read_layers(raw: object, problems: list[TaskError], path: Path) -> tuple[dict | None, list[tuple[Path, dict]], list[TaskError]]:
     """Merged mapping, the layers it came from (task first, then the blocks, nearest first), and errors of all files."""
-    raw, errors = read_yaml(path)
+    errors = list(problems)
     if not isinstance(raw, dict):
         return None, [], errors
     layers, merged = [(path, raw)], {}
     for block_path in _block_paths(raw, path, errors):
         block, block_errors = read_yaml(block_path)
         errors += block_errors
-        for key in sorted({"grade", "claims", "id", "extends"} & set(block or {})):
+        for key in sorted({"grade", "claims", "id", "extends", "fixed"} & set(block or {})):
             errors.append(
                 TaskError(block_path, key, "in a _base block", "only in a task file", "it is never inherited")
             )
@@ -430,6 +476,3 @@ def _check_size(task: Task) -> list[TaskError]:
     found = f"{names} arms and controls at {points} points, {cells} cells"
     return [TaskError(task.file, "grid", found, f"at most {MAX_NAMES} arms and controls, {MAX_CELLS} cells")]
 
-
-if __name__ == "__main__":
-    print(json_schema(), end="")

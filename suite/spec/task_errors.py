@@ -33,7 +33,8 @@ def explain(
     the file it came from.
     """
     found = [_explain_one(error, raw, model, layers, prefix) for error in problem.errors(include_url=False)]
-    return list({error.key: error for error in found}.values())  # a list that lacks several entries is said once
+    found = list({error.key: error for error in found}.values())  # a list that lacks several entries is said once
+    return [error for error in found if not any(other.key.startswith(f"{error.key}.") for other in found)]  # nor for its content
 
 
 def field_locations(problem: ValidationError) -> list[tuple]:
