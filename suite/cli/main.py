@@ -124,6 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb = add("validate", "check task files: every error at once")
     verb.add_argument("names", nargs="*", metavar="TASK|FILE", help="default: all tasks")
+    verb = add("lock", "write tasks out in full into tasks/_resolved, which validate checks")
+    verb.add_argument("tasks", nargs="*", metavar="TASK", help="default: all tasks, and tasks/schema.json")
     verb = add("doctor", "what this machine can run, and why not")
     verb.add_argument("task", nargs="?", metavar="TASK")
     add("plan", "cells, memory, time, and what the design can decide").add_argument("task", metavar="TASK")

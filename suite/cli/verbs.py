@@ -11,10 +11,12 @@ import tempfile
 from pathlib import Path
 
 from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, TaskError, UserError
+from suite.files import write_atomic
+from suite.spec.lock import stray_locks, write_lock
 from suite.spec.plan import Cell, plan
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import Task, find_repo, load_readable, load_task, task_files
-from suite.spec.validate import require_valid, validate_file
+from suite.spec.task import Task, find_repo, json_schema, load_all, load_readable, load_task, task_files
+from suite.spec.validate import check_unlocked, require_valid, validate_file
 
 
 def list_tasks(args) -> int:
@@ -60,7 +62,7 @@ def show_one(args) -> int:
 
 def validate(args) -> int:
     names = args.names or [str(path) for path in task_files().values()]
-    errors, warnings = [], []
+    errors, warnings = [] if args.names else _strays(), []
     for name in names:
         found, remarks = validate_file(name)
         errors += found
@@ -70,6 +72,31 @@ def validate(args) -> int:
     _with_errors(errors, 0)
     print(f"{len(names)} task files: {len(errors)} errors, {len(warnings)} warnings")
     return EXIT_USAGE if errors else 0 if names else EXIT_NOTHING
+
+
+def _strays() -> list[TaskError]:
+    paths = stray_locks(find_repo() / "tasks", set(task_files()))
+    return [TaskError(path, "(file)", path.name, "the lock of a task; run: suite lock") for path in paths]
+
+
+def lock(args) -> int:
+    """Write out the named tasks, or all of them and tasks/schema.json; other files in tasks/_resolved go."""
+    changed, tasks = [], load_all()
+    if unknown := [name for name in args.tasks if name not in tasks]:
+        raise UserError(f"no task {unknown[0]!r}; there are: {', '.join(tasks)}")
+    for task in [tasks[name] for name in args.tasks or tasks]:
+        errors, _ = check_unlocked(task)
+        if errors:
+            raise TaskErrors(errors)
+        changed += [f"{task.id}: written out"] if write_lock(task) else []
+    folder = find_repo() / "tasks"
+    if not args.tasks:
+        for path in stray_locks(folder, set(task_files())):
+            path.unlink()
+            changed.append(f"{path.name}: removed, there is no such task")
+        write_atomic(folder / "schema.json", json_schema(folder).encode())
+    print("\n".join(changed) or "every lock is current")
+    return 0
 
 
 def doctor(args) -> int:
@@ -242,6 +269,7 @@ VERBS = {
     "list": list_tasks,
     "show": show_one,
     "validate": validate,
+    "lock": lock,
     "doctor": doctor,
     "plan": show_plan,
     "run": run,

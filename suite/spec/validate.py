@@ -12,13 +12,14 @@ from pathlib import Path
 from suite.spec.claims import as_written, written_key
 from suite.errors import TaskError
 from suite.spec.estimands import estimands_of
-from suite.spec.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
+from suite.spec.lock import lock_errors
 from suite.spec.precision import COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
+from suite.spec.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
 from suite.spec.settings import SECTIONS
 from suite.spec.strict_yaml import TaskErrors
 from suite.spec.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
-from suite.spec.validate_controls import guard_errors, unguarded
 from suite.spec.validate_paper import paper_errors
+from suite.spec.validate_controls import guard_errors, unguarded
 from suite.spec.validate_rl import compare_errors, rl_errors
 from suite.spec.validate_trainer import trainer_errors
 
@@ -48,7 +49,13 @@ def validate_file(path_or_id: str | Path) -> tuple[list[TaskError], list[str]]:
 
 
 def check(task: Task) -> tuple[list[TaskError], list[str]]:
-    """(errors, warnings) of a task that is well-formed by itself."""
+    """(errors, warnings) of a task that is well-formed by itself, its lock included."""
+    errors, warnings = check_unlocked(task)
+    return errors or lock_errors(task), warnings
+
+
+def check_unlocked(task: Task) -> tuple[list[TaskError], list[str]]:
+    """(errors, warnings) of a task whatever its lock says."""
     errors = _resolution_errors(task)
     if not errors:
         errors += one_factor_errors(task) + _arm_precision_errors(task) + rl_errors(task)

@@ -1,0 +1,90 @@
+"""tasks/_resolved/<id>.yaml: a task written out in full, as a lock file. Blocks are merged and every claim says all that
+follows from its kind, its type and baselines/paper.yaml. It is what is graded and what records keep; committed, so that a
+change of a shared block or of a type of claims shows as a difference in every task that it touches.
+
+`suite lock` writes them; `suite validate`, and every verb that runs or grades, refuses one that is stale. What a task is
+judged by changes with its grade_version: `suite lock` writes nothing else under the same one. A checkout without the folder
+tasks/_resolved, and a task file outside tasks/, has no locks. No torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from suite.spec.checkout import base_folder
+from suite.errors import TaskError
+from suite.files import write_atomic
+from suite.spec.plan import differing_paths, read_path
+from suite.spec.strict_yaml import parse_yaml
+from suite.spec.task import Control, Grade, Task, read_task_text
+
+
+def lock_path(task: Task) -> Path | None:
+    """Where the lock of a task lies; None for a task that has none."""
+    tasks = base_folder(task.file).parent
+    kept = (tasks / "_resolved").is_dir() and task.file.resolve().parent.parent == tasks.resolve()
+    return tasks / "_resolved" / f"{task.id}.yaml" if kept else None
+
+
+def lock_errors(task: Task) -> list[TaskError]:
+    """What is stale about the lock of a task, and what `suite lock` would refuse to write."""
+    path = lock_path(task)
+    if path is None:
+        return []
+    command = f"run: suite lock {task.id}"
+    if not path.is_file():
+        return [TaskError(path, "(file)", "nothing", f"the task written out in full; {command}")]
+    then = path.read_text(encoding="utf-8")
+    if then == task.text:
+        return []
+    old, new = (parse_yaml(text, path)[0] or {} for text in (then, task.text))
+    key = (differing_paths(old, new) or ["(file)"])[0]
+    found, now = (read_path(part, key, None) for part in (old, new)) if key != "(file)" else ("another text", "the text that the task comes to")
+    return regrading_errors(task, then) or [TaskError(path, key, found, f"{now}: the lock is stale; {command}")]
+
+
+def regrading_errors(task: Task, then: str) -> list[TaskError]:
+    """A task that is judged otherwise than its lock says, under the same grade_version. then: the text of the lock."""
+    old, problems, _ = read_task_text(then, task.file)
+    if old is None or problems or old.grade_version != task.grade_version:
+        return []
+    changed = differing_paths(_judged(old), _judged(task))
+    if not changed:
+        return []
+    what = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    hint = f"changed: {what}; for a task that nobody has run yet, delete its file in tasks/_resolved instead"
+    return [TaskError(task.file, "grade_version", task.grade_version, f"{task.grade_version + 1}: it is judged otherwise than before", hint)]
+
+
+def write_lock(task: Task) -> bool:
+    """Write the lock of a task; False where it was current. Raises TaskError for a change that needs a grade_version."""
+    path = base_folder(task.file).parent / "_resolved" / f"{task.id}.yaml"
+    then = path.read_text(encoding="utf-8") if path.is_file() else None
+    if then == task.text:
+        return False
+    if then is not None and (errors := regrading_errors(task, then)):
+        raise errors[0]
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, task.text.encode())
+    return True
+
+
+def stray_locks(tasks: Path, ids: set[str]) -> list[Path]:
+    """Files in tasks/_resolved that are the lock of no task."""
+    return sorted(path for path in (tasks / "_resolved").glob("*") if path.suffix != ".yaml" or path.stem not in ids)
+
+
+def _judged(task: Task) -> dict:
+    """What decides a verdict: kinds of claims, grades without the prose of their derivations, checks of controls."""
+    return {
+        "claims": {claim.id: {"kind": claim.kind} | _grade(task.grade.get(claim.id)) for claim in task.claims},
+        "controls": {control.name: _checks(control) for control in task.controls},
+    }
+
+
+def _grade(grade: Grade | None) -> dict:
+    return {} if grade is None else grade.model_dump(mode="json", exclude={"tolerance": {"derivation", "date"}, "floor": {"derivation"}})
+
+
+def _checks(control: Control) -> dict:
+    return {check.name: check.model_dump(mode="json", include={"kind", "estimand", "reducer", "window", "contrast", "accept"}) for check in control.checks}
