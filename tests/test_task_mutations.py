@@ -43,6 +43,8 @@ def in_the_tree(draw: random.Random, text: str) -> bytes:
     """One to three values replaced, left out, renamed, given twice or cut short; written as JSON, which is YAML."""
     tree = yaml.safe_load(text)
     for _ in range(draw.randint(1, 3)):
+        if not tree:
+            break
         *above, last = draw.choice([at for at, _ in places(tree) if at])
         holder = tree
         for part in above:

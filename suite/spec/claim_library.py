@@ -158,7 +158,7 @@ def _parameters(raw: Any, path: Path) -> tuple[dict[str, Parameter], list[TaskEr
     found, errors = {}, []
     for name, said in raw.items():
         said = {"type": said} if isinstance(said, str) else said
-        if not isinstance(said, dict) or said.get("type") not in TYPES or said.keys() - {"type", "default"}:
+        if not isinstance(said, dict) or said.get("type") not in list(TYPES) or said.keys() - {"type", "default"}:
             errors.append(TaskError(path, f"parameters.{name}", said, f"one of {', '.join(TYPES)}, or {{type: ..., default: ...}}"))
             continue
         found[name] = Parameter(said["type"], said.get("default", _NOTHING))
