@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from suite.machine import environment
-from suite.spec.plan import Cell, differing_paths, read_path
-from suite.record.run import FINISHED, STATUSES, Run
 from suite.archive.published import RECORD, records_of
+from suite.machine import environment
+from suite.record.run import FINISHED, STATUSES, Run
+from suite.spec.plan import Cell, differing_paths, read_path
 from suite.spec.task import read_task_text
 
 # What of a task decides neither a number nor a verdict: what says where a claim comes from and what it is called, what is

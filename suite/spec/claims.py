@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suite.spec.claim_library import strange_defaults, written_out
 from suite.errors import TaskError
+from suite.spec.claim_library import strange_defaults, written_out
 from suite.spec.strict_yaml import read_yaml
 
 OF_THE_CLAIM = ("about", "statement", "kind", "paper")

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 
+from suite.errors import TaskError
 from suite.spec import claim_library
 from suite.spec import claims as written
-from suite.errors import TaskError
 from suite.spec.checkout import base_folder, find_repo, task_files, task_path  # noqa: F401  (offered where people look)
+from suite.spec.resolved_text import resolved_text
 from suite.spec.settings import (
     SECTIONS,
     Algorithm,
@@ -35,7 +36,6 @@ from suite.spec.settings import (
     Strict,
     Train,
 )
-from suite.spec.resolved_text import resolved_text
 from suite.spec.strict_yaml import TaskErrors, parse_yaml, read_yaml
 from suite.spec.task_errors import explain, field_locations, take_out
 

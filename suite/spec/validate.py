@@ -9,17 +9,17 @@ import math
 import re
 from pathlib import Path
 
-from suite.spec.claims import as_written, written_key
 from suite.errors import TaskError
+from suite.spec.claims import as_written, written_key
 from suite.spec.estimands import estimands_of
 from suite.spec.lock import lock_errors
-from suite.spec.precision import COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
 from suite.spec.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
+from suite.spec.precision import COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
 from suite.spec.settings import SECTIONS
 from suite.spec.strict_yaml import TaskErrors
 from suite.spec.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
-from suite.spec.validate_paper import paper_errors
 from suite.spec.validate_controls import guard_errors, unguarded
+from suite.spec.validate_paper import paper_errors
 from suite.spec.validate_rl import compare_errors, rl_errors
 from suite.spec.validate_trainer import trainer_errors
 
