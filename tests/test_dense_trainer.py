@@ -56,6 +56,18 @@ def test_scores_are_those_of_a_plain_forward(model):
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16])
+def test_the_most_probable_tokens_are_those_of_the_whole_distribution_and_leave_the_scores_as_they_are(model, precision):
+    rows = [*sequences(), ([5, 6, 7], 3)]
+    trainer = load_trainer(model, TRAIN | {"head_chunk_tokens": 7}, precision, 1.0)
+    scores, likeliest = trainer.score_and_argmax(rows)
+    for plain, score, argmax, (tokens, num_prompt) in zip(trainer.score(rows), scores, likeliest, rows, strict=True):
+        np.testing.assert_array_equal(plain, score)
+        assert argmax.dtype == np.int64 and len(argmax) == len(tokens) - num_prompt
+    for argmax, full in zip(likeliest[:3], trainer.distributions(rows[:3]), strict=True):
+        assert (full[np.arange(len(full)), argmax] >= full.max(axis=1) - (1e-5 if precision is FP32 else 0.05)).all()
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16])
 def test_entropies_are_those_of_the_whole_distribution_and_leave_the_scores_as_they_are(model, precision):
     rows = [*sequences(), ([5, 6, 7], 3)]
     for changes in ({}, {"head_chunk_tokens": 7}):

@@ -55,6 +55,17 @@ def test_the_trainer_agrees_with_vllm_to_the_fp32_floor(model, vllm_fp32):
     assert (np.expm1(r) - r).mean() < 1e-9
 
 
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_a_sampler_says_which_token_was_the_most_probable_where_each_was_drawn(model, vllm_fp32, engine):
+    sampler = vllm_fp32 if engine == "vllm" else hf_sampler(model)
+    rollouts = sampler.sample(some_requests(3))
+    drawn_first = 0
+    for rollout, full in zip(rollouts, sampler.distributions(as_sequences(rollouts)), strict=True):
+        assert rollout.argmax_token_ids == full.argmax(axis=1).tolist()
+        drawn_first += sum(map(int.__eq__, rollout.argmax_token_ids, rollout.response_token_ids))
+    assert 0 < drawn_first < sum(map(len, (rollout.response_token_ids for rollout in rollouts)))
+
+
 def test_whole_distributions_agree_and_contain_the_scores(model, vllm_fp32):
     sequences = as_sequences(vllm_fp32.sample(some_requests(3)))
     trainer = load_trainer(model, TRAIN, {"rollout": "fp32", "train": "fp32"}, 1.0)
@@ -110,6 +121,19 @@ def test_16_bit_engines_run_in_the_dtype_that_was_asked_for(model):
     assert contract_breaches(asked, executed) == []
     assert contract_breaches({"rollout": "fp16", "train": "fp16"}, executed), "the same engines breach another contract"
     assert executed["checkpoint"] == "fp32" and executed["kv_cache"] == "bf16"
+
+
+@pytest.mark.skipif(not __import__("torch").cpu._is_avx512_supported(), reason="vLLM's CPU kernels need AVX-512 for a cache of 8 bits")
+def test_a_cache_of_8_bits_is_read_back_from_the_live_engine_and_moves_the_log_probs(model):
+    asked = {"rollout": "fp32", "train": "fp32", "kv_cache": "fp8_e5m2"}
+    sampler = load_sampler(model, ROLLOUT, "fp32", [EOS], kv_cache="fp8_e5m2")
+    rollouts = sampler.sample(some_requests(24))
+    executed = sampler.executed()
+    sampler.close()
+    assert executed["kv_cache"] == "fp8_e5m2" and executed["rollout_weights"] == "fp32"
+    assert contract_breaches(asked, executed) == [] and contract_breaches(asked | {"kv_cache": None}, executed)
+    r = gap(load_trainer(model, TRAIN, asked, 1.0).score(as_sequences(rollouts)), rollouts)
+    assert 1e-3 < r.mean() < 1, "in fp32 it is below 1e-5"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "hf"])

@@ -131,6 +131,13 @@ def test_settings_that_ask_for_nothing_special_are_no_request():
     assert can_run(task(gpus=0, train={"parallel": {"data": 8, "tensor": 1}}, schedule={"steps": 5}, precision={"kv_cache": "bf16"}), LAPTOP) is None
 
 
+def test_a_cache_of_8_bits_needs_a_gpu_or_avx512_and_the_reason_says_so():
+    asked, old = task(gpus=0, precision={"kv_cache": "fp8_e5m2"}), {**LAPTOP["cpu"], "class": "avx2"}
+    assert can_run(asked, LAPTOP) is None
+    assert "needs a GPU or a CPU with AVX-512 for precision.kv_cache (fp8_e5m2); this one is avx2" in can_run(asked, machine(cpu=old))
+    assert can_run(asked, machine(cpu=old, gpus=[A100], torch_build="cuda")) is None
+
+
 @pytest.mark.parametrize(("name", "bad"), [
     ("vllm-cascade-attention", node() | {"packages": {"vllm": "0.10.2", "torch": "2.8.0"}}),
     ("torch-cuda-without-gpu", machine(torch_build="cuda")),

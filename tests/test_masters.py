@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from suite.engines.trainers.health import layer_groups
 from suite.engines.trainers.loss_scale import LossScaler
 from suite.engines.trainers.masters import MasterWeights
 
@@ -54,3 +55,33 @@ def test_a_sum_that_overflows_fp16_skips_the_step():
         weights.compute["w"].grad = torch.tensor([value, 0.0], dtype=torch.float16)
         weights.collect()
     assert weights.step(LossScaler(init_scale=1024.0), None)["step_skipped"] == 1
+
+
+def test_the_squared_norms_of_the_layer_groups_add_up_to_that_of_the_gradient_before_it_is_clipped():
+    names = ["model.embed_tokens.weight", *(f"model.layers.{i}.mlp.up_proj.weight" for i in range(5)), "model.norm.weight", "lm_head.weight"]
+    weights = MasterWeights({name: torch.nn.Parameter(torch.ones(2)) for name in names}, torch.float32, OPTIMIZER)
+    for size, name in enumerate(names, start=1):
+        weights.masters[name].grad = torch.tensor([float(size), 0.0])
+    found = weights.step(LossScaler(enabled=False), 0.5)
+    squares = {"embedding": 1, "first_layers": 4 + 9, "middle_layers": 16 + 25, "last_layers": 36, "head": 49 + 64}  # 5 layers: 2, 2, 1
+    assert {group: found[f"grad_norm_{group}"] ** 2 for group in squares} == pytest.approx(squares)
+    assert found["grad_norm"] ** 2 == pytest.approx(sum(squares.values()))
+
+
+def test_a_skipped_step_has_no_norms_by_layer_and_a_group_without_gradient_has_none():
+    weights = MasterWeights({"model.layers.0.w": torch.nn.Parameter(torch.ones(1)), "lm_head.weight": torch.nn.Parameter(torch.ones(1))},
+                            torch.float32, OPTIMIZER)
+    for gradient, taken in ((2.0, True), (float("nan"), False)):
+        weights.masters["lm_head.weight"].grad = torch.tensor([gradient])
+        found = weights.step(LossScaler(enabled=False), None)
+        assert {name: value for name, value in found.items() if name.startswith("grad_norm_")} == ({"grad_norm_head": 2.0} if taken else {})
+
+
+@pytest.mark.parametrize("names", [
+    ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight", "base_model.model.model.layers.2.self_attn.q_proj.lora_A.default.weight"),
+    ("decoder.layers.0.self_attention.linear_proj.weight", "decoder.layers.2.mlp.router.weight"),
+])
+def test_layers_are_found_in_the_names_of_adapters_and_of_megatron(names):
+    others = {"embedding.word_embeddings.weight": "grad_norm_embedding", "output_layer.weight": "grad_norm_head"}
+    found = layer_groups([*names, *others])
+    assert [found[name] for name in names] == ["grad_norm_first_layers", "grad_norm_last_layers"] and others.items() <= found.items()

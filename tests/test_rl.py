@@ -78,7 +78,7 @@ def test_a_run_records_every_step_with_both_log_probs(straight):
     first = straight.metrics[0]
     assert first["num_rollouts"] == 16 and 0 <= first["reward_mean"] <= 1
     assert 0 < first["k3_nats_per_token"] < 1e-3, "fp16 on both sides"
-    for name in ("grad_norm", "loss_scale", "clip_fraction", "importance_weight_mean", "effective_sample_size",
+    for name in ("grad_norm", "grad_norm_embedding", "grad_norm_head", "argmax_flip_share", "loss_scale", "clip_fraction", "importance_weight_mean", "effective_sample_size",
                  "sync_probe_k3", "activation_max_abs", "grad_underflow_share", "t_sample_s", "t_score_s", "t_train_s",
                  "t_sync_s", "t_rest_s", "entropy_nats"):  # fmt: skip
         assert np.isfinite(first[name]), name

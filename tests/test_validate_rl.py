@@ -174,6 +174,20 @@ def test_a_coarse_sampler_is_accepted(tmp_path):
     assert _errors(tmp_path, RL.replace("vary: [precision", COARSE + "vary: [precision.rollout_rounded, precision")) == []
 
 
+@pytest.mark.parametrize(("old", "new", "said"), [
+    ("engine: hf", "engine: vllm", None),
+    ("engine: hf", "engine: hf", "precision.kv_cache: found 'fp8_e5m2', allowed: nothing with rollout.engine hf; fp8_e4m3, fp8_e5m2 with vllm"),
+    ("engine: hf", "engine: auto", "precision.kv_cache: found 'fp8_e5m2', allowed: nothing with rollout.engine auto"),
+    ("kv_cache: fp8_e5m2", "kv_cache: fp8", "precision.kv_cache: found 'fp8', allowed: fp32, bf16, fp16, fp8_e4m3 or fp8_e5m2"),
+])  # fmt: skip
+def test_a_cache_of_8_bits_is_for_vllm_alone(tmp_path, old, new, said):
+    arm = "  fp32-e5m2: {{precision: {{rollout: fp32, kv_cache: fp8_e5m2, train: fp32}}}}\n"
+    text = RL.replace("vary: [precision", arm + "vary: [precision.kv_cache, precision")
+    assert old in text
+    found = [str(error) for error in _errors(tmp_path, text.replace(old, new))]
+    assert found == [] if said is None else any(said in error for error in found), found
+
+
 @pytest.mark.parametrize(("held_out", "every", "said"), [
     ("held_out: {{num_prompts: 4, seed: 1}}, ", "", "schedule.eval_every: found 'nothing'"),
     ("", "eval_every: 5, ", "data.held_out: found 'nothing'"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from suite.measure.watch import BAD_UPDATE_DROPS, by_advantage
+from suite.measure.watch import BAD_UPDATE_DROPS, argmax_flips, by_advantage
 
 MU = np.log([0.5, 0.8, 0.25, 0.9])
 PI = np.log([0.75, 0.2, 0.5, 0.9])
@@ -37,3 +37,10 @@ def test_a_huge_ratio_is_held_and_no_tokens_have_no_value():
     nothing = by_advantage(np.array([]), np.array([]), np.array([1.0]), np.array([0]))
     assert set(nothing) == {"mismatch_push_positive", "mismatch_push_negative", *BAD_UPDATE_DROPS}
     assert set(nothing.values()) == {None}
+
+
+def test_argmax_flips_are_counted_over_tokens_and_not_over_responses():
+    sampler, trainer = [[4, 5, 6], [7], []], [[4, 9, 6], [7], []]
+    assert argmax_flips(sampler, trainer) == {"argmax_flip_share": 0.25}
+    assert argmax_flips(sampler, sampler) == {"argmax_flip_share": 0.0}
+    assert argmax_flips([[]], [[]]) == {"argmax_flip_share": None}

@@ -84,6 +84,24 @@ class RoundedProducts(TorchFunctionMode):
         return function(*raised, **{name: _raise(x) for name, x in kwargs.items()}).to(dtype)
 
 
+class CachedAs(TorchFunctionMode):
+    """Inside this mode, attention reads keys and values as a cache of 8 bits gives them back: rounded to nearest even."""
+
+    def __init__(self, cache: str):
+        super().__init__()
+        self._dtype = getattr(torch, cache.replace("fp8", "float8").replace("e4m3", "e4m3fn"))
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            query, key, value, *rest = args
+            args = (query, self._kept(key), self._kept(value), *rest)
+        return function(*args, **(kwargs or {}))
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        largest = torch.finfo(self._dtype).max
+        return tensor.clamp(-largest, largest).to(self._dtype).to(tensor.dtype)
+
+
 def _tensors(values):
     for value in values:
         if isinstance(value, torch.Tensor):

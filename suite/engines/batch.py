@@ -30,6 +30,7 @@ class Rollout:
     response_token_ids: list[int]  # includes the stop token, if one was sampled
     rollout_logprobs: np.ndarray  # (T,) float32, nats, log mu of each response token
     finish_reason: str  # stop | length
+    argmax_token_ids: list[int] | None = None  # the sampler's most probable token where each response token was drawn
 
     @property
     def token_ids(self) -> list[int]:
@@ -49,7 +50,7 @@ def response_room(request: Request, rollout: dict) -> int:
 
 def empty_rollout(request: Request) -> Rollout:
     """What a prompt that fills the whole context gets: no token, cut by length, hence no reward."""
-    return Rollout(request, [], np.zeros(0, np.float32), "length")
+    return Rollout(request, [], np.zeros(0, np.float32), "length", [])
 
 
 def request_seed(*parts) -> int:

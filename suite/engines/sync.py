@@ -13,7 +13,8 @@ every dtype). The same class of fault has bitten others on GPUs. So a sync is pr
 
 A coarse format on the wire (m0 to m22) changes the weights on purpose, by more than a stale tensor would. So the trainer is
 scored, for the comparison alone, with its weights rounded as those that travelled: the floor is then that of the engines,
-however coarse the format.
+however coarse the format. A cache of 8 bits hides a stale tensor in the same way, whatever the challenge: the trainer is
+scored with its keys and values rounded as the cache's.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from suite.engines.arithmetic import on_grid, round_to, torch_dtype
+from suite.engines.arithmetic import CachedAs, on_grid, round_to, torch_dtype
 from suite.engines.ranks import Ranks
 from suite.engines.samplers.load import Sampler
-from suite.spec.precision import FORMATS, dtype_name
+from suite.spec.precision import CACHE_FORMATS, FORMATS, dtype_name
 
 # Relative size of the random move of each weight in the challenge; on a coarse wire a little more than half the spacing of
 # its numbers, so that a weight that sits on one of them arrives as another.
@@ -61,6 +62,7 @@ class Probe:
     precision: str  # format of the products of the coarser engine
     ranks: Ranks = Ranks()
     wire: str = "fp32"  # format in which weights travel
+    cache: str = "fp32"  # format in which the sampler keeps keys and values
 
     def gap(self, sampler: Sampler, trainer) -> Gap:
         own = self._own_gap(sampler, trainer)
@@ -74,8 +76,11 @@ class Probe:
         return Gap(float(np.abs(r).mean()), float((np.expm1(r) - r).mean()))
 
     def trainer_logprobs(self, trainer) -> np.ndarray:
-        """log pi of the probe's response tokens, (T,) float32 nats, with the weights that a coarse wire lets through."""
-        with nullcontext() if FORMATS[self.wire].is_dtype else trainer.moved_weights(rounder(self.wire)):
+        """log pi of the probe's response tokens, (T,) float32 nats, with the weights that a coarse wire lets through and the
+        keys and values that a cache of 8 bits gives back."""
+        rounded = nullcontext() if FORMATS[self.wire].is_dtype else trainer.moved_weights(rounder(self.wire))
+        cached = CachedAs(self.cache) if self.cache in CACHE_FORMATS else nullcontext()
+        with rounded, cached:
             return np.concatenate(trainer.score(self.sequences))
 
     def allowed(self, floor: Gap) -> float:

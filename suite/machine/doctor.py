@@ -12,7 +12,7 @@ from typing import Any
 
 from suite.machine.environment import fingerprint, sampler_engine
 from suite.spec.plan import plan
-from suite.spec.precision import FORMATS
+from suite.spec.precision import CACHE_FORMATS, FORMATS
 
 GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware and ECC take their part
 
@@ -20,15 +20,17 @@ GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware
 def can_run(task, env: dict[str, Any]) -> str | None:
     """None where the machine meets `task.resources` and has the task's engines; otherwise the reason, for NOT_RUN."""
     need = task.resources
+    cells = plan(task)
     checks = (
-        _gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env), unsupported_reason(plan(task)),
+        _gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env), unsupported_reason(cells), _cache_reason(cells, env),
     )  # fmt: skip
     return "; ".join(reason for reason in checks if reason) or None
 
 
 def can_rehearse(task, cells, env: dict[str, Any]) -> str | None:
     """The same for the cells of a rehearsal, which need no GPU."""
-    return "; ".join(reason for reason in (_package_reason(task, env), unsupported_reason(cells)) if reason) or None
+    reasons = (_package_reason(task, env), unsupported_reason(cells), _cache_reason(cells, env))
+    return "; ".join(reason for reason in reasons if reason) or None
 
 
 def _gpu_reason(need, env: dict[str, Any]) -> str | None:
@@ -58,6 +60,14 @@ def _package_reason(task, env: dict[str, Any]) -> str | None:
     return f"needs {', '.join(missing)}, not installed here: run `make setup`" if missing else None
 
 
+def _cache_reason(cells, env: dict[str, Any]) -> str | None:
+    """vLLM's CPU kernels read a cache of 8 bits with AVX-512 alone."""
+    asked = {cell.get("precision.kv_cache", None) for cell in cells} & set(CACHE_FORMATS)
+    if not asked or env["gpus"] or env["cpu"]["class"].startswith("avx512"):
+        return None
+    return f"needs a GPU or a CPU with AVX-512 for precision.kv_cache ({', '.join(sorted(asked))}); this one is {env['cpu']['class']}"
+
+
 def unsupported_reason(cells) -> str | None:
     """What any of the cells asks for that no engine of this version does; a setting that would be ignored is refused
     instead."""
@@ -75,7 +85,8 @@ def _unsupported(cell) -> list[str]:
     }
     for point in ("kv_cache", "rollout_logits"):  # each follows the sampler's precision
         value, rollout = cell.get(f"precision.{point}", None), cell.get("precision.rollout", None)
-        asked[f"precision.{point}"] = value if rollout and value != FORMATS[rollout].storage else None
+        own = FORMATS[rollout].storage if rollout else value
+        asked[f"precision.{point}"] = value if value not in (own, *(CACHE_FORMATS if point == "kv_cache" else ())) else None
     return [f"{name} ({value})" for name, value in asked.items() if value]
 
 

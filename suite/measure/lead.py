@@ -7,12 +7,13 @@ iteration at which the fall of the reward begins (stats.collapse_time); a negati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from suite.measure.stats import collapse_time, window_mean
+from suite.measure.stats import collapse_time, student_t_interval, window_mean
 
 WINDOW, HOLD, DROP = 8, 8, 0.1  # of the fall, in iterations and in reward; every quantity is seen through the same window
 
@@ -32,7 +33,25 @@ WATCHED = (
     Watched("entropy_nats", "entropy (nats)", 1.5),
     Watched("grad_norm", "gradient norm", 1.5),
     Watched("response_tokens_mean", "response length (tokens)", 1.1),
+    Watched("argmax_flip_share", "share of argmax flips", 2.0),
+    Watched("grad_norm_embedding", "gradient norm of the embedding", 1.5),
+    Watched("grad_norm_first_layers", "gradient norm of the first layers", 1.5),
+    Watched("grad_norm_middle_layers", "gradient norm of the middle layers", 1.5),
+    Watched("grad_norm_last_layers", "gradient norm of the last layers", 1.5),
+    Watched("grad_norm_head", "gradient norm of the head", 1.5),
 )
+
+
+@dataclass(frozen=True)
+class Lead:
+    """By how many iterations a series had moved before the reward fell, over the launches that fell: the mean over those in
+    which it moved, its 90 % interval (None of one launch, or of equal ones), and how many moved."""
+
+    watched: Watched
+    mean: float | None
+    interval: tuple[float, float] | None
+    num_moved: int
+    num_fell: int
 
 
 def moved_at(steps: Sequence[int], values: Sequence[float], factor: float) -> int | None:
@@ -49,13 +68,43 @@ def moved_at(steps: Sequence[int], values: Sequence[float], factor: float) -> in
 
 
 def leads(metrics: list[dict]) -> dict[str, int | None] | None:
-    """{name of a watched series: iterations by which it moved before the reward fell, None if it did not move}; None for a
-    run whose reward did not fall."""
+    """{name of a watched series that the run records: iterations by which it moved before the reward fell, None if it did
+    not move}; None for a run whose reward did not fall."""
     fall = collapse_time(*_series(metrics, "reward_mean"), DROP, WINDOW, HOLD)
     if fall is None or fall.step is None:
         return None
-    moved = {one.name: moved_at(*_series(metrics, one.name), one.factor) for one in WATCHED}
+    recorded = {one: series for one in WATCHED if (series := _series(metrics, one.name))[0]}
+    moved = {one.name: moved_at(*series, one.factor) for one, series in recorded.items()}
     return {name: None if step is None else fall.step - step for name, step in moved.items()}
+
+
+def over_launches(runs: Sequence[list[dict]]) -> list[Lead]:
+    """The leads of every watched series over the metrics of launches, in the order of WATCHED; [] where no reward fell."""
+    fell = [lead for lead in map(leads, runs) if lead is not None]
+    return [_lead(one, [lead.get(one.name) for lead in fell]) for one in WATCHED if any(one.name in lead for lead in fell)]
+
+
+def in_order(found: list[Lead]) -> list[Lead]:
+    """The series that moved in every launch that fell, the earliest first; then the others."""
+    return sorted(found, key=lambda lead: (lead.num_moved < lead.num_fell, -(lead.mean if lead.mean is not None else -math.inf)))
+
+
+def lead_of(lead: Lead) -> str:
+    """Its mean with the interval, in iterations, and in how many launches it never moved."""
+    if lead.mean is None:
+        return "never moved"
+    missing = lead.num_fell - lead.num_moved
+    shown = f"{lead.mean:.1f} [{lead.interval[0]:.1f}, {lead.interval[1]:.1f}]" if lead.interval else f"{lead.mean:.1f}"
+    return shown + (f" (in {missing} it never moved)" if missing else "")
+
+
+def _lead(watched: Watched, values: list[int | None]) -> Lead:
+    moved = [value for value in values if value is not None]
+    if not moved:
+        return Lead(watched, None, None, 0, len(values))
+    interval = student_t_interval(moved, 0.90, scale="identity") if len(moved) > 1 else None
+    ends = (interval.lo, interval.hi) if interval else None
+    return Lead(watched, sum(moved) / len(moved), ends, len(moved), len(values))
 
 
 def _series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:

@@ -8,6 +8,8 @@ responses that the trainer finds much less likely than the sampler did (DPPO, ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -36,3 +38,10 @@ def by_advantage(rollout_logprobs: Float[np.ndarray, "T"], trainer_logprobs: Flo
     shares = {name: float(((per_token < 0) & (drop > limit)).mean()) for name, limit in BAD_UPDATE_DROPS.items()}
     signed = {"positive": per_token > 0, "negative": per_token < 0}
     return {f"mismatch_push_{name}": float(push[chosen].sum() / tokens) for name, chosen in signed.items()} | shares
+
+
+def argmax_flips(rollout: Sequence[Sequence[int]], trainer: Sequence[Sequence[int]]) -> dict[str, float | None]:
+    """argmax_flip_share: share of the step's response tokens at which the most probable token of the sampler is not that of
+    the trainer; N responses of T_i token ids each. None for a step without tokens."""
+    ours, theirs = (np.concatenate([np.asarray(one, np.int64) for one in each]) for each in (rollout, trainer))
+    return {"argmax_flip_share": float((ours != theirs).mean()) if ours.size else None}

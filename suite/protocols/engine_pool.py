@@ -49,7 +49,8 @@ class Engines:
     def sampler(self):
         if self._sampler is None:
             rollout, dtype = self._cell.settings["rollout"], self._cell.get("precision.rollout")
-            self._sampler = load_sampler(self.folder, rollout, dtype, stop_token_ids(self.folder))
+            cache = self._cell.get("precision.kv_cache", None)
+            self._sampler = load_sampler(self.folder, rollout, dtype, stop_token_ids(self.folder), kv_cache=cache)
         return self._sampler
 
     def trainer(self, cell: Cell):

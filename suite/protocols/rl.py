@@ -34,10 +34,11 @@ from suite.engines.checkpoint import load_checkpoint, save_checkpoint
 from suite.engines.losses import advantages
 from suite.engines.ranks import Ranks, ReplicaError
 from suite.engines.sync import Probe, prove_sync, rounder, sync_weights
+from suite.engines.trainers.health import GROUPS
 from suite.errors import UserError
 from suite.measure.mismatch import estimates, token_statistics
 from suite.measure.routing import routing_disagreement
-from suite.measure.watch import by_advantage
+from suite.measure.watch import argmax_flips, by_advantage
 from suite.problems.data import Prompt, load_held_out, load_prompts
 from suite.protocols.drawing import draw, rounds_before
 from suite.protocols.engine_pool import Engines, run_one_by_one
@@ -115,7 +116,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         drawn = draw(order, take, rounds_before(writer.metrics), max_rounds)
         batch, rollouts, rewards = drawn.prompts, drawn.rollouts, drawn.rewards
         sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
-        trainer_logprobs = ranks.spread(sequences, trainer.score)
+        scored = ranks.spread(sequences, lambda share: list(zip(*trainer.score_and_argmax(share), strict=True)))
+        trainer_logprobs, trainer_argmaxes = ([one[part] for one in scored] for part in (0, 1))
         clock.lap("t_score_s")
         if step and not _finite(rollouts, trainer_logprobs):
             session.progress(cell.name, step, num_steps, "log-probs are not finite: the run has diverged")
@@ -130,6 +132,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         whole = _whole_batch(rollouts, sequences, trainer_logprobs, taught, algorithm, cell)
         logprobs = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
         row |= by_advantage(*logprobs, whole.advantages, num_response_tokens(evidence))
+        row |= argmax_flips([rollout.argmax_token_ids for rollout in rollouts], trainer_argmaxes)
         if perturb:
             whole = _perturbed(whole, perturb, trainer, ranks, request_seed(cell.seed, "perturb", step))
         parts = _minibatches(batch, rollouts, schedule, cell.seed, step)
@@ -264,7 +267,7 @@ def _minibatches(prompts: list[Prompt], rollouts: list[Rollout], schedule: dict,
 
 # Not the effective sample size: that of a step is of the weights before its update, as offline.
 MEANS = ("loss", "grad_norm", "grad_underflow_share", "clip_fraction", "importance_weight_mean", "truncated_fraction",
-         "masked_fraction")  # fmt: skip
+         "masked_fraction", *GROUPS)  # fmt: skip
 MAXIMA = ("importance_weight_max", "activation_max_abs", "grad_scaled_max_abs")
 
 
@@ -289,7 +292,7 @@ def _probe(prompts: list[Prompt], engines: Engines, precision: Precision) -> Pro
     sequences = engines.ranks.first(engines.scorable(engines.sampler.sample(short)) if engines.ranks.is_first else None)
     if not sequences:
         raise UserError("rollout.max_model_len: none of the first problems leaves room for a response of two tokens")
-    return Probe(sequences, precision.coarser, engines.ranks, precision.wire)
+    return Probe(sequences, precision.coarser, engines.ranks, precision.wire, precision.kv_cache)
 
 
 def _finish(writer: RunWriter, tally: Tally, diverged: bool) -> None:

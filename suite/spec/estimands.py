@@ -93,6 +93,7 @@ _ROWS = (
     Estimand("mismatch_push_negative", "sum over tokens with A < 0 of -(pi/mu - 1) A, per token of the step", "1", ANY, "identity"),
     Estimand("bad_update_share_0p5", "share of tokens with A < 0 and pi - mu < -0.5", SHARE, UNIT, "logit"),
     Estimand("bad_update_share_0p2", "share of tokens with A < 0 and pi - mu < -0.2", SHARE, UNIT, "logit"),
+    Estimand("argmax_flip_share", "share of response tokens at which sampler and trainer have other most probable tokens", SHARE, UNIT, "logit"),
     Estimand("eval_reward_mean", "mean reward of the trainer's own policy on held-out problems", SHARE, UNIT, "logit", gaps=True),
     Estimand("drawn_reward_mean", "mean reward of all responses that a step drew, also of groups that dynamic sampling left out", SHARE,
              UNIT, "logit"),
@@ -101,6 +102,9 @@ _ROWS = (
              "identity"),
     Estimand("disagreeing_groups_share", "share of drawn groups whose rewards differ", SHARE, UNIT, "logit"),
     Estimand("grad_norm", "L2 norm of the unscaled gradient before clipping", "1", NON_NEGATIVE, "log", gaps=True),
+    *(Estimand(f"grad_norm_{part}", f"the same of {text} alone", "1", NON_NEGATIVE, "log", gaps=True) for part, text in
+      {"embedding": "the embedding", "first_layers": "the first third of the decoder layers",
+       "middle_layers": "the middle third", "last_layers": "the last third", "head": "what follows the last layer"}.items()),
     Estimand("learning_rate", "learning rate of the iteration's last update", "1", NON_NEGATIVE, "log"),
     Estimand("loss_scale", "fp16 loss scale in force", "1", NON_NEGATIVE, "log"),
     Estimand("step_skipped", "optimizer steps of an iteration skipped after a non-finite gradient", "steps",
@@ -194,7 +198,8 @@ SAMPLER_ESTIMANDS: dict[str, Estimand] = {
 # What only training gives.
 TRAINING = (
     "learning_rate", "mismatch_push_positive", "mismatch_push_negative", "bad_update_share_0p5", "bad_update_share_0p2", "eval_reward_mean",
-    "drawn_reward_mean", "sampling_rounds", "sampling_limit_reached", "disagreeing_groups_share", "grad_norm",
+    "drawn_reward_mean", "sampling_rounds", "sampling_limit_reached", "disagreeing_groups_share", "argmax_flip_share", "grad_norm",
+    "grad_norm_embedding", "grad_norm_first_layers", "grad_norm_middle_layers", "grad_norm_last_layers", "grad_norm_head",
     "loss_scale", "step_skipped", "loss", "grad_underflow_share", "grad_scaled_max_abs", "activation_max_abs",
     "clip_fraction", "importance_weight_mean", "importance_weight_max", "truncated_fraction", "masked_fraction",
     "sync_probe_k3", "sync_probe_logprob_diff_mean", "t_train_s", "t_sync_s", "t_rest_s",

@@ -44,6 +44,7 @@ _ROWS = (
 )
 FORMATS: dict[str, Format] = {row.name: row for row in _ROWS}
 DTYPES = tuple(row.name for row in _ROWS if row.is_dtype)
+CACHE_FORMATS = ("fp8_e4m3", "fp8_e5m2")  # 8-bit formats in which vLLM can keep keys and values; it holds them as bytes
 COARSE_FORMATS = tuple(row.name for row in _ROWS if not row.is_dtype)
 
 # Where a coarse format acts. "weights": the weights are rounded on their way to the sampler and stay so until the next

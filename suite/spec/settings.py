@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from suite.spec.learning_rate import SCHEDULES
 from suite.spec.perturbations import PERTURBATIONS
-from suite.spec.precision import DTYPES, FORMATS, ROUNDED_WHERE
+from suite.spec.precision import CACHE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
 
 Dtype = Literal[*DTYPES]
 RolloutFormat = Literal[*FORMATS]
+CacheFormat = Literal[*DTYPES, *CACHE_FORMATS]
 # What becomes part of a path. Every name of a task file that does has one of these three types.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]  # tasks, blocks, claims, arms, controls
 SettingPath = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*$", max_length=80)]  # axes of a grid
@@ -272,6 +273,7 @@ class PrecisionSettings(Strict):
     """The format asked for at each point; null follows `rollout` or `train`. What was executed is in the record.
 
     rollout: also a coarse format, m0 to m22; rollout_rounded: where it acts, on the weights.
+    kv_cache: in which the sampler keeps keys and values; null is its own dtype, otherwise one of two 8-bit formats.
     gradient_reduction: in which micro-batches and ranks add up their gradients; null is fp32, otherwise fp32 or the
     trainer's own dtype.
     """
@@ -282,7 +284,7 @@ class PrecisionSettings(Strict):
     wire: Dtype | None = None
     trainer_head: Dtype | None = None
     rollout_logits: Dtype | None = None
-    kv_cache: Dtype | None = None
+    kv_cache: CacheFormat | None = None
     gradient_reduction: Dtype | None = None
     loss_scaling: LossScaling | None = None
 

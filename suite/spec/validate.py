@@ -14,7 +14,7 @@ from suite.spec.claims import as_written, written_key
 from suite.spec.estimands import estimands_of
 from suite.spec.lock import lock_errors
 from suite.spec.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
-from suite.spec.precision import COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
+from suite.spec.precision import CACHE_FORMATS, COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
 from suite.spec.settings import SECTIONS
 from suite.spec.strict_yaml import TaskErrors
 from suite.spec.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
@@ -126,6 +126,7 @@ def _resolution_errors(task: Task) -> list[TaskError]:
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
         errors |= _sampling_errors(task, cells) | trainer_errors(task, cells) | _grader_errors(task, cells) | _rounding_errors(task, cells)
+        errors |= _cache_errors(task, cells)
     return list(errors.values())
 
 
@@ -155,6 +156,17 @@ def _rounding_errors(task: Task, cells: list) -> dict[str, TaskError]:
         elif format not in COARSE_FORMATS and rounded is not None:
             allowed = f"nothing, unless precision.rollout is one of {COARSE_FORMATS[0]} to {COARSE_FORMATS[-1]}"
             found[key] = TaskError(task.file, f"{cell.arm}: {key}", rounded, allowed)
+    return found
+
+
+def _cache_errors(task: Task, cells: list) -> dict[str, TaskError]:
+    """Of the two samplers vLLM alone keeps keys and values in 8 bits."""
+    found, key = {}, "precision.kv_cache"
+    for cell in cells:
+        value, engine = cell.get(key, None), cell.get("rollout.engine", None)
+        if value in CACHE_FORMATS and engine != "vllm":
+            allowed = f"nothing with rollout.engine {engine}; {', '.join(CACHE_FORMATS)} with vllm"
+            found[key] = TaskError(task.file, f"{cell.arm}: {key}", value, allowed)
     return found
 
 

@@ -54,6 +54,7 @@ class HfSampler:
         generators = [np.random.default_rng(request.seed) for request in requests]
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
+        likeliest: list[list[int]] = [[] for _ in requests]
         reasons = ["length"] * len(requests)
         alive = list(range(len(requests)))
         inputs = torch.tensor([request.prompt_token_ids for request in requests], device=self._device)
@@ -66,9 +67,11 @@ class HfSampler:
             uniforms = [generators[row].random() for row in alive]
             chosen = _categorical(distribution, torch.tensor(uniforms, device=self._device, dtype=torch.float64))
             picked = distribution.gather(1, chosen[:, None])[:, 0]
-            for row, token, logprob in zip(alive, chosen.tolist(), picked.tolist(), strict=True):
+            first = distribution.argmax(-1)
+            for row, token, logprob, top in zip(alive, chosen.tolist(), picked.tolist(), first.tolist(), strict=True):
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
+                likeliest[row].append(top)
                 ended = token in self._stop or (self._strings is not None and self._strings.end(tokens[row]))
                 reasons[row] = "stop" if ended else "length"
             keep = [place for place, row in enumerate(alive) if reasons[row] != "stop"]
@@ -80,8 +83,8 @@ class HfSampler:
                 chosen = chosen[index]
                 alive = [alive[place] for place in keep]
             inputs = chosen[:, None]
-        rows = zip(requests, tokens, logprobs, reasons, strict=True)
-        return [Rollout(q, t, np.array(p, np.float32), reason) for q, t, p, reason in rows]
+        rows = zip(requests, tokens, logprobs, reasons, likeliest, strict=True)
+        return [Rollout(q, t, np.array(p, np.float32), reason, top) for q, t, p, reason, top in rows]
 
     def _log_probs(self, logits: torch.Tensor) -> torch.Tensor:
         """log mu in fp32 of the distribution that is sampled from: temperature, then top-k and top-p. (B, V) -> (B, V)"""

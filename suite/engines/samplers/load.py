@@ -52,14 +52,17 @@ def engine_name(asked: str) -> str:
     return "vllm" if importlib.util.find_spec("vllm") else "hf"
 
 
-def load_sampler(model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int]) -> Sampler:
+def load_sampler(model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int], kv_cache: str | None = None) -> Sampler:
     """The sampler that `rollout` (a resolved settings section) asks for, with the model's weights in the format
-    `precision`: of a coarse one, rounded to it."""
+    `precision`: of a coarse one, rounded to it. kv_cache: an 8-bit format for keys and values, in vLLM alone."""
     if engine_name(rollout["engine"]) == "vllm":
-        from suite.engines.samplers.vllm import VllmSampler as engine
+        from suite.engines.samplers.vllm import VllmSampler
+
+        sampler = VllmSampler(model_path, rollout, precision, stop_token_ids, kv_cache)
     else:
-        from suite.engines.samplers.hf import HfSampler as engine
-    sampler = engine(model_path, rollout, precision, stop_token_ids)
+        from suite.engines.samplers.hf import HfSampler
+
+        sampler = HfSampler(model_path, rollout, precision, stop_token_ids)
     if not FORMATS[precision].is_dtype:
         sampler.load_weights(rounded_checkpoint(model_path, precision))
     return sampler

@@ -17,7 +17,7 @@ import torch
 from suite.engines.batch import Request, Rollout, empty_rollout, response_room
 from suite.engines.samplers.load import weights_format
 from suite.measure.routing import of_response
-from suite.spec.precision import FORMATS, NATIVE, dtype_name
+from suite.spec.precision import CACHE_FORMATS, FORMATS, NATIVE, dtype_name
 
 IN_PROCESS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -34,7 +34,7 @@ class VllmSampler:
 
     engine = "vllm"
 
-    def __init__(self, model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int]):
+    def __init__(self, model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int], kv_cache: str | None = None):
         os.environ.update(IN_PROCESS)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_gpu = torch.cuda.is_available()
@@ -47,7 +47,10 @@ class VllmSampler:
 
         self._rollout, self._precision, self._stop_token_ids = rollout, precision, list(stop_token_ids)
         self._logits_dtype: torch.dtype | None = None
-        self._llm = LLM(str(model_path), dtype=FORMATS[precision].torch_name, **_engine_arguments(rollout, cache_gib, on_gpu))
+        arguments = _engine_arguments(rollout, cache_gib, on_gpu)
+        if kv_cache in CACHE_FORMATS:
+            arguments["kv_cache_dtype"] = kv_cache
+        self._llm = LLM(str(model_path), dtype=FORMATS[precision].torch_name, **arguments)
         self._runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self._watch_logits()
 
@@ -79,7 +82,7 @@ class VllmSampler:
         rollout, stop = self._rollout, list(self._rollout.get("stop") or ())
         return SamplingParams(
             temperature=rollout["temperature"], top_p=rollout["top_p"], top_k=rollout.get("top_k") or 0,
-            max_tokens=self._room(request), seed=request.seed, logprobs=0, flat_logprobs=True,
+            max_tokens=self._room(request), seed=request.seed, logprobs=1, flat_logprobs=True,
             stop_token_ids=self._stop_token_ids, stop=stop, detokenize=bool(stop),
         )  # fmt: skip
 
@@ -154,11 +157,10 @@ class VllmSampler:
     def executed(self) -> dict[str, str]:
         parameters = list(self._runner.model.parameters())
         biases = {dtype_name(p.dtype) for p in parameters if p.dim() <= 1}  # vLLM keeps bf16 biases in fp32 on a CPU
-        caches = self._runner.kv_caches
         return {
             "rollout_weights": weights_format([p for p in parameters if p.dim() > 1], self._precision),
             "rollout_vectors": "+".join(sorted(biases)),
-            "kv_cache": dtype_name(caches[0].dtype),
+            "kv_cache": self._cache_format(),
             "rollout_logits": dtype_name(self._logits_dtype) if self._logits_dtype else "not sampled yet",
             "sampler_engine": "vllm",
             "sampler_attention": self._runner.attn_groups[0][0].backend.get_name(),
@@ -166,6 +168,14 @@ class VllmSampler:
             "sampler_fp32_dot": os.environ.get(FP32_DOT, "default"),
             "sampler_runner": f"{type(self._runner).__module__}.{type(self._runner).__name__}",
         }
+
+    def _cache_format(self) -> str:
+        """That of the live cache; of one that is held as bytes, what the attention layers read the bytes as."""
+        dtypes = {cache.dtype for cache in self._runner.kv_caches}
+        if dtypes != {torch.uint8}:
+            return "+".join(sorted(map(dtype_name, dtypes)))
+        layers = self._runner.compilation_config.static_forward_context.values()
+        return "+".join(sorted({layer.impl.kv_cache_dtype for layer in layers if hasattr(layer, "impl")}))
 
     def close(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -234,5 +244,6 @@ def _rollout(request: Request, completion) -> Rollout:
     logprobs = np.array(completion.logprobs.logprobs, np.float32)
     tokens = list(completion.token_ids)
     per_position = np.array(completion.logprobs.start_indices)
-    # position t lists the sampled token first; with logprobs=0 it is the only one
-    return Rollout(request, tokens, logprobs[per_position], completion.finish_reason)
+    # position t lists the sampled token first, and with logprobs=1 the most probable one after it
+    listed = np.array(completion.logprobs.token_ids)
+    return Rollout(request, tokens, logprobs[per_position], completion.finish_reason, listed[per_position + 1].tolist())

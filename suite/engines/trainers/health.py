@@ -1,10 +1,15 @@
-"""How close fp16 training came to the ends of its range: largest activations, and gradients that underflowed."""
+"""How training fares inside: how close fp16 came to the ends of its range (largest activations, gradients that underflowed),
+and how large the gradient is in which part of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
+
+THIRDS = ("grad_norm_first_layers", "grad_norm_middle_layers", "grad_norm_last_layers")
+GROUPS = ("grad_norm_embedding", *THIRDS, "grad_norm_head")
 
 
 class ActivationWatch:
@@ -40,3 +45,28 @@ def underflow_share(parameters: Iterable[torch.nn.Parameter], embedding: torch.T
     gradients = [p.grad for p in parameters if p.grad is not None and p.dim() > 1 and p is not embedding]
     lost = sum((g.abs() < torch.finfo(g.dtype).tiny).sum() for g in gradients)
     return float(lost) / max(1, sum(g.numel() for g in gradients))
+
+
+def layer_groups(names: Iterable[str]) -> dict[str, str]:
+    """{parameter: the metric of its group}: embedding (a head that shares its weight included), decoder layers by thirds
+    of their number, and head, which is all behind the last layer. Of L layers the i-th, from 0, is in third 3 i / L."""
+    names = list(names)
+    layer_of = {name: int(found[1]) for name in names if (found := re.search(r"\blayers\.(\d+)\.", name))}
+    num = max(layer_of.values(), default=0) + 1
+
+    def group(name: str) -> str:
+        if name in layer_of:
+            return THIRDS[3 * layer_of[name] // num]
+        return "grad_norm_embedding" if "embed" in name else "grad_norm_head"
+
+    return {name: group(name) for name in names}
+
+
+@torch.no_grad()
+def group_norms(parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """{metric: L2 norm} of the gradients of each group that has any; their squares add up to that of the whole gradient."""
+    group_of, gradients = layer_groups(parameters), {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            gradients.setdefault(group_of[name], []).append(parameter.grad)
+    return {group: torch.nn.utils.get_total_norm(gradients[group]).item() for group in GROUPS if group in gradients}

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
+from suite.engines.trainers.health import group_norms
 from suite.engines.trainers.loss_scale import LossScaler
 from suite.spec.learning_rate import learning_rate
 from suite.spec.precision import dtype_name
@@ -69,8 +70,9 @@ class MasterWeights:
     def step(self, scaler: LossScaler, grad_clip: float | None) -> dict[str, float]:
         """Unscale, check, clip, update, round. A step with a gradient that is not finite is skipped and counted.
 
-        Returns grad_norm (before clipping; nan for a skipped step), learning_rate (of this update, taken or skipped),
-        loss_scale (that the gradients were made with), step_skipped (0 or 1) and the headroom of the scaled gradients.
+        Returns grad_norm (before clipping; nan for a skipped step), its parts by layer (of a step that was taken),
+        learning_rate (of this update, taken or skipped), loss_scale (that the gradients were made with), step_skipped (0
+        or 1) and the headroom of the scaled gradients.
         """
         masters = list(self.masters.values())
         loss_scale = scaler.scale_value
@@ -81,6 +83,7 @@ class MasterWeights:
         self.gradient_dtypes = {dtype_name(total.dtype) for total in sums}
         skipped = scaler.unscale_and_check(masters)
         norm = math.nan
+        by_group = group_norms(self.masters)
         if not skipped:
             norm = torch.nn.utils.clip_grad_norm_(masters, grad_clip or math.inf).item()
             skipped = not math.isfinite(norm)  # finite elements whose norm overflows: clipping would make them zero
@@ -95,7 +98,7 @@ class MasterWeights:
         largest = scaler.max_abs_scaled_grad
         scaler.update(skipped)
         return {"grad_norm": norm, "learning_rate": rate, "loss_scale": loss_scale, "step_skipped": int(skipped),
-                "grad_scaled_max_abs": largest}  # fmt: skip
+                "grad_scaled_max_abs": largest} | ({} if skipped else by_group)  # fmt: skip
 
     @torch.no_grad()
     def round(self) -> None:

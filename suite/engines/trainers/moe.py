@@ -106,6 +106,9 @@ class MoeTrainer:
     def score_and_entropy(self, sequences: list[tuple[list[int], int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         return self._scorer.score_and_entropy(sequences)
 
+    def score_and_argmax(self, sequences: list[tuple[list[int], int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        return self._scorer.score_and_argmax(sequences)
+
     def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         return self._scorer.distributions(sequences)
 

@@ -42,6 +42,11 @@ class Scorer:
         both = self._score(sequences, self._logprobs_and_entropies)
         return [one[0] for one in both], [one[1] for one in both]
 
+    def score_and_argmax(self, sequences: list[tuple[list[int], int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The log-probs of `score`, and the most probable token of pi at each of those positions, (T_response,) int64 each."""
+        both = self._score(sequences, self._logprobs_and_argmax)
+        return [one[0] for one in both], [one[1].astype(np.int64) for one in both]
+
     @torch.inference_mode()
     def _score(self, sequences: list[tuple[list[int], int]], chunk) -> list[np.ndarray]:
         order = by_length(sequences)
@@ -96,6 +101,11 @@ class Scorer:
         logprobs = self._logits(hidden).log_softmax(-1)
         entropies = -(logprobs.exp() * logprobs).sum(-1)  # logits are finite, so log-probs are: no 0 x inf
         return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], entropies])
+
+    def _logprobs_and_argmax(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logprobs = self._logits(hidden).log_softmax(-1)
+        likeliest = logprobs.argmax(-1).float()  # exact in fp32 up to 2^24 tokens
+        return torch.stack([logprobs.gather(1, targets[:, None])[:, 0], likeliest])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(N, H) -> (N, V) fp32 logits at the task's temperature, from a head product in the head's dtype."""

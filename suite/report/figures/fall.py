@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from suite.measure.lead import DROP, HOLD, WATCHED, WINDOW, leads
-from suite.measure.stats import student_t_interval
+from suite.measure.lead import DROP, HOLD, WATCHED, WINDOW, lead_of, over_launches
 from suite.record.run import Run
 from suite.report.figures.rl import draw_series, series_of, styles_of
 from suite.report.figures.svg import plt, to_svg
 
 PANELS = (("reward_mean", "training reward"), ("eval_reward_mean", "trainer's own policy, held-out problems"))
-LOGARITHMIC = ("k3_nats_per_token", "bad_update_share_0p5", "grad_norm")
+LOGARITHMIC = ("k3_nats_per_token", "bad_update_share_0p5", "grad_norm")  # what their names begin with
 
 
 def plot_fall(runs: list[Run]) -> bytes:
@@ -25,7 +22,7 @@ def plot_fall(runs: list[Run]) -> bytes:
     for panel, (name, label, series) in zip(axes.flat, drawn, strict=False):
         for arm, lines in series.items():
             draw_series(panel, arm, lines, styles[arm], label=name == "reward_mean")
-        panel.set(title=label, yscale="log" if name in LOGARITHMIC else "linear")
+        panel.set(title=label, yscale="log" if name.startswith(LOGARITHMIC) else "linear")
     for panel in axes.flat[len(drawn) :]:
         panel.set_visible(False)
     for panel in axes[-1]:
@@ -37,19 +34,9 @@ def plot_fall(runs: list[Run]) -> bytes:
 def lead_text(runs: list[Run]) -> str | None:
     """What moved before the falls, in words, with the mean lead over launches and its 90 % interval; None where no reward
     fell."""
-    found = [lead for lead in (leads(run.metrics) for run in runs) if lead is not None]
+    found = over_launches([run.metrics for run in runs])
     if not found:
         return None
-    parts = [f"{one.label} by a factor of {one.factor:g}: {_lead([lead[one.name] for lead in found])}" for one in WATCHED]
+    parts = [f"{lead.watched.label} by a factor of {lead.watched.factor:g}: {lead_of(lead)}" for lead in found]
     rule = f"its {WINDOW}-iteration mean lies more than {DROP:g} below its peak, for {HOLD} iterations"
-    return f"Iterations by which a series had moved before the reward fell ({rule}), over {len(found)} launches that fell: {'; '.join(parts)}."
-
-
-def _lead(values: list[int | None]) -> str:
-    moved = [value for value in values if value is not None]
-    if not moved:
-        return "never moved"
-    mean, missing = f"{np.mean(moved):.1f}", len(values) - len(moved)
-    interval = student_t_interval(moved, 0.90, scale="identity") if len(moved) > 1 else None
-    shown = f"{mean} [{interval.lo:.1f}, {interval.hi:.1f}]" if interval else mean
-    return shown + (f" (in {missing} it never moved)" if missing else "")
+    return f"Iterations by which a series had moved before the reward fell ({rule}), over {found[0].num_fell} launches that fell: {'; '.join(parts)}."
