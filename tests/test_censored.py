@@ -57,13 +57,13 @@ def test_a_time_that_was_cut_off_counts_as_at_least_that_long():
     """Dropping the censored launches, or taking their horizon for the event, makes the line too flat."""
     slopes = {"censored": [], "dropped": [], "taken": []}
     for seed in range(60):
-        times, event = drawn(seed, horizon=50)
+        times, event = drawn(seed, sigma=0.6, horizon=40)
         slopes["censored"].append(censored_line(DOSES, times, event).slope)
         slopes["dropped"].append(censored_line(DOSES[event], times[event], event[event]).slope)
         slopes["taken"].append(censored_line(DOSES, times, np.ones_like(event)).slope)
     means = {name: np.mean(values) for name, values in slopes.items()}
-    assert means["censored"] == pytest.approx(-0.7, abs=0.04)
-    assert means["dropped"] > -0.62 and means["taken"] > -0.62
+    assert means["censored"] == pytest.approx(-0.7, abs=0.05)
+    assert means["dropped"] > -0.6 and means["taken"] > -0.6
 
 
 def test_its_ninety_percent_interval_covers_the_slope_in_about_ninety_percent_of_the_cases():
