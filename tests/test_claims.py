@@ -9,7 +9,7 @@ import yaml
 
 from suite.errors import TaskError
 from suite.spec.claim_library import TYPES, claim_type, names
-from suite.spec.claims import as_written, written_key
+from suite.spec.claims import Form, as_written, written_key
 from suite.spec.settings import SECTIONS
 from suite.spec.strict_yaml import parse_yaml
 from suite.spec.task import Claim, Grade, Task, find_repo, json_schema, load_all, load_task, read_task, read_task_text
@@ -204,6 +204,11 @@ BROKEN = {
     "type with a parameter that nothing uses": (("level", "  arm: arm", "  arm: arm\n  other: arm"), "level.yaml", "parameters.other", "as $other"),
     "type of no type": (("level", "at_most: share", "at_most: percent"), "level.yaml", "parameters.at_most", "one of arm, number, share"),
     "type with a bad default": (("level", "default: 1200", "default: 0"), "level.yaml", "parameters.window.default", "a whole number from 1"),
+    "type that claims with an unknown key": (("level", "  window: $window", "  windw: $window"), "level.yaml", "claim.windw", "window"),
+    "type that uses another": (("shown", "claim: {", "claim: {use: level, "), "shown.yaml", "claim.use", "one of the keys about"),
+    "type with a bad region": (("level", "accept: [0.0, $at_most]", "accept: [$at_most, 0.0]"), "tiny.yaml", "claims.C2-level.accept", "said by tasks/_claims/level.yaml"),
+    "type with a bad kind": (("level", "kind: threshold", "kind: thresh"), "tiny.yaml", "claims.C2-level.kind", "said by tasks/_claims/level.yaml"),
+    "no claims": (("tiny", TASK[TASK.index("claims:"):TASK.index("resources:")], "claims: {}\n"), "tiny.yaml", "claims", "at least 1 entries"),
     "type with a key too many": (("level", "parameters:", "if: x\nparameters:"), "level.yaml", "if", "parameters and claim"),
 }  # fmt: skip
 
@@ -227,10 +232,13 @@ def test_a_library_has_no_language(checkout):
 
 
 def test_keys_of_errors_are_those_of_the_form_in_which_the_file_is_written():
-    assert written_key("grade.C1.accept", ["C1"]) == "claims.C1.accept" and written_key("grade.C1.accept", None) == "grade.C1.accept"
-    assert [written_key(key, ["C1", "C2"]) for key in ("claims.1.kind", "claims.1", "claims.7.kind", "claims", "grades.x")] == [
+    form = Form(["C1", "C2"], {"C2": ("level", frozenset({"use", "arm"}))})
+    assert written_key("grade.C1.accept", form) == "claims.C1.accept" and written_key("grade.C1.accept", None) == "grade.C1.accept"
+    assert [written_key(key, form) for key in ("claims.1.kind", "claims.1", "claims.7.kind", "claims", "grades.x")] == [
         "claims.C2.kind", "claims.C2", "claims.7.kind", "claims", "grades.x"]  # fmt: skip
-    assert str(as_written(TaskError("f", "claims.0.kind", 1, "2", "h"), ["C1"])) == "f: claims.C1.kind: found 1, allowed: 2 (h)"
+    assert str(as_written(TaskError("f", "claims.0.kind", 1, "2", "h"), form)) == "f: claims.C1.kind: found 1, allowed: 2 (h)"
+    assert as_written(TaskError("f", "grade.C2.accept", 1, "2"), form).hint == "said by tasks/_claims/level.yaml"
+    assert as_written(TaskError("f", "grade.C2.arm", 1, "2"), form).hint is None and as_written(TaskError("f", "grade", 1, "2"), form).hint is None
 
 
 def test_claims_and_grades_apart_are_read_too_and_come_to_the_same(checkout):

@@ -9,7 +9,7 @@ import pytest
 
 from suite.archive.ties import _meaning
 from suite.cli.main import main
-from suite.spec.lock import lock_errors, stray_locks, write_lock
+from suite.spec.lock import lock_errors, write_lock
 from suite.spec.plan import differing_paths, plan
 from suite.spec.strict_yaml import parse_yaml
 from suite.spec.task import load_all, load_task, read_task_text
@@ -54,8 +54,9 @@ def test_a_lock_that_is_not_there_or_was_edited_is_an_error(task):
     lock = Path("tasks/_resolved/desk-tiny.yaml")
     lock.write_text(lock.read_text() + "# a note\n")
     assert [error.key for error in lock_errors(task())] == ["(file)"]
-    lock.write_text("not: [a task")
-    assert "the lock is stale" in lock_errors(task())[0].allowed
+    for spoilt in (b"not: [a task", b"", b"\xff\xfe", b"- a list"):
+        lock.write_bytes(spoilt)
+        assert "the lock is stale" in lock_errors(task())[0].allowed
     lock.unlink()
     assert "run: suite lock desk-tiny" in lock_errors(task())[0].allowed
 
@@ -76,6 +77,13 @@ def test_another_grade_under_the_same_grade_version_is_neither_valid_nor_written
         write_lock(task(edit))
     assert Path("tasks/_resolved/desk-tiny.yaml").read_text() == before
     assert write_lock(task(edit, ("grade_version: 1", "grade_version: 2"))) and lock_errors(load_task("desk-tiny")) == []
+
+
+def test_a_grade_version_does_not_fall(task):
+    assert write_lock(task(("grade_version: 1", "grade_version: 3")))
+    for edits in ((("grade_version: 1", "grade_version: 2"),), (("grade_version: 1", "grade_version: 2"), ("min_seeds: 3", "min_seeds: 2"))):
+        (error,) = lock_errors(task(*edits))
+        assert (error.key, error.found) == ("grade_version", 2) and error.allowed[0] in "34"
 
 
 @pytest.mark.parametrize("edit", [
@@ -129,7 +137,7 @@ def repository():
 
 
 def test_every_lock_of_the_repository_is_current_and_belongs_to_a_task(repository):
-    assert stray_locks(REPO / "tasks", set(repository)) == []
+    assert {path.stem for path in (REPO / "tasks" / "_resolved").glob("*")} == set(repository)
     assert [str(error) for task in repository.values() for error in lock_errors(task)] == []
 
 

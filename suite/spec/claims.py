@@ -39,12 +39,21 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a file with a map of claims says them. ids: the claims in the order of Task. types: claim -> (the type that it
+    uses, the keys that it says itself)."""
+
+    ids: list[str]
+    types: dict[str, tuple[str, frozenset[str]]]
+
+
+@dataclass(frozen=True)
 class Expanded:
-    """raw: the mapping that Task validates. ids: the claims in its order, None if the file keeps `claims` and `grade`
-    apart. left_out: keys of the file about which nothing more can be said."""
+    """raw: the mapping that Task validates. form: None if the file keeps `claims` and `grade` apart. left_out: keys of the
+    file about which nothing more can be said."""
 
     raw: dict
-    ids: list[str] | None = None
+    form: Form | None = None
     errors: list[TaskError] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -89,23 +98,29 @@ def expand(raw: dict, layers: list[tuple[Path, dict]], grade_keys: tuple[str, ..
         grades |= {claim_id: grade} if grade else {}
     errors += _undated(grades, raw, layers[0][0])
     left_out += ["claims"] if left_out and not claims else []
-    return Expanded(rest | {"claims": claims, "grade": grades}, [claim["id"] for claim in claims], errors, left_out)
+    bodies = {claim["id"]: raw["claims"][claim["id"]] for claim in claims}
+    types = {name: (body["use"], frozenset(body)) for name, body in bodies.items() if "use" in body}
+    return Expanded(rest | {"claims": claims, "grade": grades}, Form(list(bodies), types), errors, left_out)
 
 
-def written_key(key: str, ids: list[str] | None) -> str:
+def written_key(key: str, form: Form | None) -> str:
     """The key as it stands in the file: `grade.C1.accept` and `claims.0.kind` are `claims.C1.accept` and `claims.C1.kind`
     where claims are a map."""
-    if ids is None:
+    if form is None:
         return key
     if key == "grade" or key.startswith("grade."):
         return "claims" + key.removeprefix("grade")
     found = re.match(r"claims\.(\d+)(?=\.|$)", key)
-    return f"claims.{ids[int(found[1])]}{key[found.end():]}" if found and int(found[1]) < len(ids) else key
+    return f"claims.{form.ids[int(found[1])]}{key[found.end():]}" if found and int(found[1]) < len(form.ids) else key
 
 
-def as_written(error: TaskError, ids: list[str] | None) -> TaskError:
-    """The error under the key that stands in the file."""
-    return TaskError(error.file, written_key(error.key, ids), error.found, error.allowed, error.hint)
+def as_written(error: TaskError, form: Form | None) -> TaskError:
+    """The error under the key that stands in the file; of what a type says, with the type's file."""
+    key, hint = written_key(error.key, form), error.hint
+    _, claim, name, *_ = f"{key}...".split(".")
+    if form is not None and key.startswith("claims.") and claim in form.types and name not in form.types[claim][1]:
+        hint = "; ".join(filter(None, (hint, f"said by tasks/_claims/{form.types[claim][0]}.yaml")))
+    return TaskError(error.file, key, error.found, error.allowed, hint)
 
 
 def interval_of(kind: str) -> dict:
@@ -141,10 +156,11 @@ def _expand_one(claim_id: str, body: Any, raw: dict, layers: list, grade_keys: t
     if not isinstance(body, dict):
         raise Refused(place.error("", body, "a mapping: {use: ..., ...}, or statement, kind, estimand, ..."))
     if "use" in body:
-        body, problems = written_out(body, raw, layers, claim_id, folder / "_claims")
-        if problems:
-            raise Refused(*problems)
-    if problems := _unknown(body, place, (*OF_THE_CLAIM, *grade_keys)):
+        kind, (body, problems) = body["use"], written_out(body, raw, layers, claim_id, folder / "_claims")
+        problems = problems or _unknown(body, Place(folder / "_claims" / f"{kind}.yaml", "claim"), (*OF_THE_CLAIM, *grade_keys))
+    else:
+        problems = _unknown(body, place, ("use", *OF_THE_CLAIM, *grade_keys))
+    if problems:
         raise Refused(*problems)
     claim = {"id": claim_id, "about": claim_id.partition("-")[0]} | {name: body[name] for name in OF_THE_CLAIM if name in body}
     if "paper" in claim:
@@ -157,7 +173,7 @@ def _unknown(body: dict, place: Place, allowed: tuple[str, ...]) -> list[TaskErr
     for name in body.keys() - set(allowed):
         near = difflib.get_close_matches(name, allowed, n=1)
         hint = f"did you mean {near[0]}?" if near else None
-        errors.append(place.error(name, name, "one of the keys use, " + ", ".join(allowed), hint))
+        errors.append(place.error(name, name, "one of the keys " + ", ".join(allowed), hint))
     return sorted(errors, key=lambda error: error.key)
 
 

@@ -34,7 +34,7 @@ def lock_errors(task: Task) -> list[TaskError]:
     command = f"run: suite lock {task.id}"
     if not path.is_file():
         return [TaskError(path, "(file)", "nothing", f"the task written out in full; {command}")]
-    then = path.read_text(encoding="utf-8")
+    then = path.read_text(encoding="utf-8", errors="replace")
     if then == task.text:
         return []
     old, new = (parse_yaml(text, path)[0] or {} for text in (then, task.text))
@@ -44,22 +44,24 @@ def lock_errors(task: Task) -> list[TaskError]:
 
 
 def regrading_errors(task: Task, then: str) -> list[TaskError]:
-    """A task that is judged otherwise than its lock says, under the same grade_version. then: the text of the lock."""
+    """A task that is judged otherwise than its lock says, under no higher grade_version, or one whose grade_version fell.
+    then: the text of the lock."""
     old, problems, _ = read_task_text(then, task.file)
-    if old is None or problems or old.grade_version != task.grade_version:
+    if old is None or problems or old.grade_version < task.grade_version:
         return []
     changed = differing_paths(_judged(old), _judged(task))
-    if not changed:
+    if not changed and old.grade_version == task.grade_version:
         return []
-    what = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+    what = (", ".join(changed[:3]) or "grade_version") + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     hint = f"changed: {what}; for a task that nobody has run yet, delete its file in tasks/_resolved instead"
-    return [TaskError(task.file, "grade_version", task.grade_version, f"{task.grade_version + 1}: it is judged otherwise than before", hint)]
+    allowed = f"{old.grade_version + 1}: it is judged otherwise than at {old.grade_version}" if changed else f"{old.grade_version}, or more"
+    return [TaskError(task.file, "grade_version", task.grade_version, allowed, hint)]
 
 
 def write_lock(task: Task) -> bool:
     """Write the lock of a task; False where it was current. Raises TaskError for a change that needs a grade_version."""
     path = base_folder(task.file).parent / "_resolved" / f"{task.id}.yaml"
-    then = path.read_text(encoding="utf-8") if path.is_file() else None
+    then = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
     if then == task.text:
         return False
     if then is not None and (errors := regrading_errors(task, then)):

@@ -221,12 +221,11 @@ class Budget(Strict):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task was read from, and what its file and blocks come to. claim_ids: of a file whose claims are a map (see
-    claims.written_key)."""
+    """Where a task was read from, what its file and blocks come to, and how its claims are written."""
 
     path: Path
     expanded: dict
-    claim_ids: list[str] | None
+    form: written.Form | None
 
 
 class Task(Strict):
@@ -372,7 +371,7 @@ def _task_of(raw: object, problems: list[TaskError], path: Path) -> tuple[Task |
     errors += _check_place(merged, path)
     found = written.expand(merged, layers, tuple(Grade.model_fields), base_folder(path).parent)
     errors, said, raw = errors + found.errors, said | set(found.left_out), found.raw
-    source = Source(path, copy.deepcopy(raw), found.ids)
+    source = Source(path, copy.deepcopy(raw), found.form)
     _expand_points(raw)
     task, left_out = None, []
     for _ in range(4):
@@ -382,13 +381,13 @@ def _task_of(raw: object, problems: list[TaskError], path: Path) -> tuple[Task |
             errors += _check_size(task)
             break
         except ValidationError as problem:
-            news = [written.as_written(error, found.ids) for error in explain(problem, raw, Task, layers)]
+            news = [written.as_written(error, found.form) for error in explain(problem, raw, Task, layers)]
             errors += [] if left_out else [error for error in news if error.key not in said]
             faulty = field_locations(problem)
             left_out += [".".join(map(str, location)) for location in faulty]
             if not all([take_out(raw, location) for location in faulty]):
                 break
-    return task, errors, [*(written.written_key(key, found.ids) for key in left_out), *said]
+    return task, errors, [*(written.written_key(key, found.form) for key in left_out), *said]
 
 
 def _read_layers(raw: object, problems: list[TaskError], path: Path) -> tuple[dict | None, list[tuple[Path, dict]], list[TaskError]]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from suite.errors import TaskError
-from suite.spec.claims import as_written, written_key
+from suite.spec.claims import Form, as_written, written_key
 from suite.spec.estimands import estimands_of
 from suite.spec.lock import lock_errors
 from suite.spec.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
@@ -65,11 +65,11 @@ def check_unlocked(task: Task) -> tuple[list[TaskError], list[str]]:
         errors += compare_errors(task, needed)
     errors += _name_errors(task) + _claim_errors(task, known) + _control_errors(task, known) + _needs_errors(task)
     errors += [] if errors else guard_errors(task)  # of a task that says what it means
-    return [as_written(error, _ids(task)) for error in errors], _warnings(task, needed)
+    return [as_written(error, _form(task)) for error in errors], _warnings(task, needed)
 
 
-def _ids(task: Task) -> list[str] | None:
-    return task.source.claim_ids if task.source else None
+def _form(task: Task) -> Form | None:
+    return task.source.form if task.source else None
 
 
 def require_valid(task: Task) -> Task:
@@ -406,7 +406,7 @@ def _warnings(task: Task, needed: list[Task]) -> list[str]:
     ]
     warnings += [f"{task.file}: {line}" for line in unguarded(task, needed)]
     for name, grade in task.grade.items():
-        key, seeds = f"{task.file}: {written_key(f'grade.{name}', _ids(task))}", len(task.seeds)
+        key, seeds = f"{task.file}: {written_key(f'grade.{name}', _form(task))}", len(task.seeds)
         exact = grade.interval is not None and grade.interval.method == "exact"  # its interval is the value itself
         if not exact and seeds < grade.min_seeds:
             warnings.append(f"{key}.min_seeds: {grade.min_seeds} asked, {seeds} planned: it cannot reach PASS")
