@@ -12,6 +12,7 @@ plot_points.parquet is one long table; `kind` says which columns of a row are fi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,13 @@ _COLUMNS = {
 
 
 def plot_points(evidence: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Points and bins of all evidence parts in a folder, read part by part.
+    """Points and bins of all evidence parts in a folder, read part by part (points_of)."""
+    return points_of(_read_part(part) for part in sorted(evidence.glob("part-*.parquet")))
+
+
+def points_of(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """Points and bins of rollouts that come in parts: log mu and log pi (T,) in nats, response lengths (N,), and entropies
+    (T,) or none.
 
     Returns {kind: {column: values}}. Tokens: the NUM_TAIL_TOKENS with the largest |pi - mu| of the run, and a uniform
     sample of the rest up to NUM_TOKENS in all. The sample is fixed: it depends on the number of tokens and their order.
@@ -55,8 +62,7 @@ def plot_points(evidence: Path) -> dict[str, dict[str, np.ndarray]]:
     rng = np.random.default_rng(SAMPLE_SEED)
     tokens, sequences = np.empty((0, 3)), np.empty((0, 3))
     bins = {kind: np.zeros((len(edges) - 1, 3)) for kind, (_, edges) in BINNED.items()}
-    for part in sorted(evidence.glob("part-*.parquet")):
-        log_mu, log_pi, lengths, entropies = _read_part(part)
+    for log_mu, log_pi, lengths, entropies in parts:
         mu, pi, r = np.exp(log_mu), np.exp(log_pi), log_pi - log_mu
         tokens = _thin_tokens(np.vstack([tokens, np.column_stack([mu, pi, rng.random(len(mu))])]))
         for kind, (by, edges) in BINNED.items():

@@ -143,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, help="with --from: the seed of files in no folder seed=...")
     _run_flags(add("reproduce", "doctor, run, grade and a readable summary"))
 
+    _check_flags(add("check", "the mismatch of your own model, or of rollouts you have; exit 1 if a bar of --bar is missed"))
     verb = add("rehearse", "a task for two steps with an embedded model and its problems; never graded")
     verb.add_argument("task", metavar="TASK")
 
@@ -218,6 +219,26 @@ def _run_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--launcher", metavar="COMMAND", help="start each of the processes with this, such as 'srun -n 1 -G 1'"
     )
+
+
+def _check_flags(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="a folder of a checkpoint, or a hub id")
+    verb.add_argument("--precision", type=_names, metavar="A,B", default=["bf16", "fp16"], help="of both engines (default: bf16,fp16)")
+    verb.add_argument("--trainer-dtype", metavar="DTYPE", help="of the trainer, where it is not that of the sampler")
+    verb.add_argument("--prompts", default="builtin", metavar="FILE", help=".txt, .jsonl or .parquet (default: builtin)")
+    verb.add_argument("--samples", type=_positive, metavar="N", default=4, help="responses per prompt (default: %(default)s)")
+    verb.add_argument("--max-tokens", type=_positive, metavar="N", default=512, help="per response (default: %(default)s)")
+    verb.add_argument("--seeds", type=_numbers, metavar="0,1", default=[0, 1, 2], help="launches (default: 0,1,2)")
+    verb.add_argument("--sampler", choices=("vllm", "hf", "auto"), default="auto", help="default: vllm where it is installed")
+    verb.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of the trainer (default: %(default)s)")
+    verb.add_argument("--bar", type=_names, metavar="A,B", default=[], help="published bars that must not be missed, such as nemo-rl")
+    verb.add_argument("--html", type=Path, metavar="FILE", help="where the page goes (default: beside the task)")
+    verb.add_argument("--evidence", type=Path, metavar="FILE", nargs="+", action="extend", help="rollouts that exist, in place of MODEL")
+    verb.add_argument("--from", dest="framework", metavar="FRAMEWORK", help="with --evidence: whose own files these are")
+    verb.add_argument("--arm", help="with --evidence: the arm of files that do not say")
+    verb.add_argument("--seed", type=int, help="with --evidence: the seed of files that do not say")
+    verb.add_argument("--out", "--runs-dir", dest="runs_dir", type=Path, metavar="DIR", default=_runs_dir(),
+                      help="where run folders go (default: RUNS_DIR or runs)")  # fmt: skip
 
 
 def _call(args: argparse.Namespace) -> int:

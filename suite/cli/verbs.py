@@ -178,6 +178,12 @@ def reproduce(args) -> int:
     return _last_line(verdict, path)
 
 
+def check(args) -> int:
+    from suite.check.verb import check as check_model
+
+    return check_model(args)
+
+
 def rehearse(args) -> int:
     from suite.cli import show as rendering
     from suite.cli.progress import Progress
@@ -275,6 +281,7 @@ VERBS = {
     "run": run,
     "grade": grade,
     "reproduce": reproduce,
+    "check": check,
     "rehearse": rehearse,
     "publish": publish,
     "report": report,

@@ -38,7 +38,8 @@ def model_folder(model: dict) -> Path:
     ones, or ask for code.
     """
     if model.get("path"):
-        folder = find_repo() / Path(model["path"]).expanduser()
+        path = Path(model["path"]).expanduser()
+        folder = path if path.is_absolute() else find_repo() / path
         if not (folder / "config.json").exists():
             raise NotRunnable(f"model.path: no config.json in {model['path']}")
     else:
@@ -144,6 +145,12 @@ def stop_token_ids(folder: Path) -> list[int]:
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     return []
+
+
+def model_vocabulary(folder: Path) -> int:
+    """Entries of the vocabulary that config.json names."""
+    config = _config(folder, "config.json")
+    return int((config.get("text_config") or config)["vocab_size"])
 
 
 def load_tokenizer(folder: Path):

@@ -2,6 +2,7 @@
 
     desk family        generated from a seed (suite.problems.desk); nothing to read
     kept set           data.kept: what the filter left of either (suite.problems.kept)
+    token ids          data.template `tokens`: Parquet at data.path with a column token_ids; no answers, so no rewards
     published files    Parquet at data.path, else in the folder SUITE_DATA_DIR, else on the hub under data.id
 
 A file's sha256 is checked before it is opened, its counts after; a difference is a DataError that shows both sides.
@@ -52,14 +53,16 @@ COLUMNS = {
 class Prompt:
     """One problem, ready to be sampled from.
 
-    Set is either `text` (what the model is given, special tokens written out) or `messages` (for the model's own chat
-    template). `gold` holds every accepted answer. `meta`: source file, copies in it, and the bare problem.
+    Set is one of `text` (what the model is given, special tokens written out), `messages` (for the model's own chat
+    template) and `token_ids`. `gold` holds every accepted answer; without one a response gets no reward. `meta`: source
+    file, copies in it, and the bare problem.
     """
 
     prompt_id: str
     gold: tuple[str, ...]
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    token_ids: tuple[int, ...] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
 
@@ -126,7 +129,10 @@ def fill_template(template: str | None, problem: str) -> dict[str, Any]:
 
 
 def token_ids(prompt: Prompt, tokenizer) -> list[int]:
-    """What the model is given, as ids of a transformers tokenizer. Special tokens are written out: none are added."""
+    """What the model is given, as ids of a transformers tokenizer. Special tokens are written out: none are added. A prompt
+    that is ids already needs no tokenizer."""
+    if prompt.token_ids is not None:
+        return list(prompt.token_ids)
     if prompt.messages is None:
         return tokenizer.encode(prompt.text, add_special_tokens=False)
     text = tokenizer.apply_chat_template(list(prompt.messages), tokenize=False, add_generation_prompt=True)
@@ -149,6 +155,8 @@ def load_prompts(data: Mapping[str, Any] | Any, seed: int = 0) -> list[Prompt]:
         return _kept_prompts(data)
     if data.get("template") == "desk":
         return _desk_prompts(data, seed)
+    if data.get("template") == "tokens":
+        return _token_prompts(data)
     prompts = [
         Prompt(f"{path.stem}/{index:05d}", row.gold, **fill_template(data.get("template"), row.problem),
                meta={"file": path.name, "copies": copies, "problem": row.problem})
@@ -179,6 +187,26 @@ def _desk_prompts(data: Mapping[str, Any], seed: int) -> list[Prompt]:
         Prompt(f"desk-{low}-{high}-{seed}/{index:05d}", (one.answer,), prompt_text(one), meta={"problem": one.text})
         for index, one in enumerate(problems)
     ]
+
+
+def _token_prompts(data: Mapping[str, Any]) -> list[Prompt]:
+    """The rows of a Parquet file with a column token_ids: prompts as they are given to the model, without answers."""
+    path = locate(data, data["id"])
+    check_sha256(path, data.get("sha256"))
+    try:
+        table = door.read_parquet(path.resolve(), {"token_ids": _is_ids}, max_rows=MAX_ROWS, max_bytes=MAX_BYTES)
+    except door.FileError as problem:
+        raise DataError(str(problem)) from None
+    rows = table["token_ids"].to_pylist()
+    _check_count("rows", data.get("rows"), len(rows), [(path, [])])
+    for number, ids in enumerate(rows):
+        if not ids or any(one is None or one < 0 for one in ids):
+            raise DataError(f"{path}: row {number}: token_ids: found {door.printable(repr(ids), 60)}, allowed: at least one id, each 0 or more")
+    return [Prompt(f"{path.stem}/{number:05d}", (), token_ids=tuple(ids)) for number, ids in enumerate(rows)][: data.get("num_prompts")]
+
+
+def _is_ids(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)
 
 
 def _kept_prompts(data: Mapping[str, Any]) -> list[Prompt]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from suite.engines.arithmetic import matmul_flags
 from suite.engines.batch import Request, Rollout, request_seed
-from suite.engines.models import load_tokenizer, model_folder, model_record, stop_token_ids
+from suite.engines.models import load_tokenizer, model_folder, model_record, model_vocabulary, stop_token_ids
 from suite.engines.ranks import Ranks
 from suite.engines.samplers.load import load_sampler
 from suite.engines.trainers.load import load_trainer
@@ -44,6 +44,11 @@ class Engines:
     def tokenizer(self):
         self._tokenizer = self._tokenizer or load_tokenizer(self.folder)
         return self._tokenizer
+
+    @property
+    def vocabulary_size(self) -> int:
+        """As the model's config says it."""
+        return model_vocabulary(self.folder)
 
     @property
     def sampler(self):
@@ -87,19 +92,25 @@ class Engines:
     def requests(self, prompts: list[Prompt], *seed_parts) -> list[Request]:
         """One request per prompt and sample; its seed is made of `seed_parts`, the prompt and the sample."""
         samples = range(self.samples_per_prompt)
-        tokens = [tuple(token_ids(prompt, self.tokenizer)) for prompt in prompts]
+        tokens = [tuple(self._ids(prompt)) for prompt in prompts]
         return [
             Request(prompt.prompt_id, sample, ids, request_seed(*seed_parts, prompt.prompt_id, sample))
             for prompt, ids in zip(prompts, tokens, strict=True)
             for sample in samples
         ]
 
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """Without a tokenizer for a prompt that is ids already: not every checkpoint has one."""
+        return token_ids(prompt, None if prompt.token_ids is not None else self.tokenizer)
+
     def within(self, prompts: list[Prompt], num_tokens: int | None) -> list[Prompt]:
         """The prompts of at most so many tokens; all without a limit."""
-        return [prompt for prompt in prompts if num_tokens is None or len(token_ids(prompt, self.tokenizer)) <= num_tokens]
+        return [prompt for prompt in prompts if num_tokens is None or len(self._ids(prompt)) <= num_tokens]
 
     def reward(self, rollouts: list[Rollout], prompts: list[Prompt]) -> list[float]:
-        """1.0 or 0.0 per rollout."""
+        """1.0 or 0.0 per rollout; nan where the problems have no answers."""
+        if not any(prompt.gold for prompt in prompts):
+            return [float("nan")] * len(rollouts)
         responses = [rollout.response_token_ids for rollout in rollouts]
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         gold_of = {prompt.prompt_id: prompt.gold for prompt in prompts}
@@ -132,7 +143,7 @@ def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Ca
 def reward_pool(data: dict) -> RewardPool:
     """The rewards of a data section: format, grader, the time for one answer, and what a truncated response is worth."""
     seconds = {"timeout_seconds": data["reward_timeout_s"]} if data.get("reward_timeout_s") else {}
-    format = FORMAT_OF_TEMPLATE[data.get("template") or "none"]
+    format = FORMAT_OF_TEMPLATE.get(data.get("template") or "none", "desk")  # of `tokens` nothing is ever judged
     return RewardPool(format, zero_truncated=bool(data.get("zero_truncated")), grader=data.get("grader"), **seconds)
 
 

@@ -125,7 +125,7 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
 def _full_vocabulary(sequences: list, engines: Engines, trainer) -> dict:
     """KL(mu || pi) over the whole vocabulary, exact where k1 and k3 are estimates; teacher-forced, a few sequences, small
     vocabularies only."""
-    if len(engines.tokenizer) > LARGEST_FULL_VOCABULARY:
+    if engines.vocabulary_size > LARGEST_FULL_VOCABULARY:
         return {}
     mu = np.concatenate(engines.sampler.distributions(sequences))
     pi = np.concatenate(trainer.distributions(sequences))

@@ -19,6 +19,7 @@ CacheFormat = Literal[*DTYPES, *CACHE_FORMATS]
 # What becomes part of a path. Every name of a task file that does has one of these three types.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=80)]  # tasks, blocks, claims, arms, controls
 SettingPath = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*$", max_length=80)]  # axes of a grid
+Family = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=60)]  # model_type of config.json
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64}|unknown)$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -102,6 +103,7 @@ class Strict(BaseModel):
 class Model(Strict):
     """Weights: a hub id or a local path; `sha256` is that of the weight file, or, of several, of what
     `sha256sum *.safetensors` prints; `unknown` until somebody looked it up (every record holds it as `weights`).
+    family: the model_type of its config.json.
     files_sha256: of the other files that engines read (models.READ): of what `sha256sum` prints of them, by name.
     """
 
@@ -110,7 +112,7 @@ class Model(Strict):
     revision: str | None = None
     sha256: Sha256 | None = None
     files_sha256: Sha256 | None = None
-    family: Literal["qwen2", "llama", "qwen3", "qwen3_moe"] | None = None
+    family: Family | None = None
     dtype_on_disk: Literal["fp32", "bf16", "fp16", "unknown"] | None = None
 
 
@@ -156,7 +158,7 @@ class Data(Strict):
     sha256: Sha256 | None = None
     rows: Positive | None = None
     unique_rows: Positive | None = None
-    template: Literal["desk", "qwen_math", "r1", "verl_r1", "octothinker", "none"] | None = None
+    template: Literal["desk", "qwen_math", "r1", "verl_r1", "octothinker", "none", "tokens"] | None = None
     num_prompts: Positive | None = None
     num_terms: tuple[Positive, Positive] | None = None
     files: tuple[DataFile, ...] | None = None

@@ -126,7 +126,7 @@ def _resolution_errors(task: Task) -> list[TaskError]:
         for name in sorted({name for name in names if names.count(name) > 1}):
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
         errors |= _sampling_errors(task, cells) | trainer_errors(task, cells) | _grader_errors(task, cells) | _rounding_errors(task, cells)
-        errors |= _cache_errors(task, cells)
+        errors |= _cache_errors(task, cells) | _answer_errors(task, cells)
     return list(errors.values())
 
 
@@ -175,6 +175,14 @@ def _grader_errors(task: Task, cells: list) -> dict[str, TaskError]:
     found = [cell.get("data.grader", None) for cell in cells if cell.get("data.template", None) == "desk"]
     allowed = "nothing with data.template desk, whose answers are integers compared as such"
     return {"data.grader": TaskError(task.file, "data.grader", one, allowed) for one in found if one is not None}
+
+
+def _answer_errors(task: Task, cells: list) -> dict[str, TaskError]:
+    """Prompts of template `tokens` have no answers: no reward can be taken."""
+    found = [cell for cell in cells if cell.get("data.template", None) == "tokens"]
+    if not found or task.protocol == "offline_mismatch":
+        return {}
+    return {"data.template": TaskError(task.file, "data.template", "tokens", f"another one: its prompts have no answers, which {task.protocol} needs")}
 
 
 def _collect(errors: dict[str, TaskError], task: Task, overrides: dict, point, key: str) -> None:
