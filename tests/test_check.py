@@ -18,11 +18,11 @@ from suite.check.page import page
 from suite.check.result import Result, number
 from suite.check.template import Options
 from suite.check.verb import check, options_of
-from suite.cli import build_parser, main
+from suite.cli.main import build_parser, main
 from suite.door import FileError
 from suite.errors import UserError
-from suite.task import load_task
-from suite.validate import require_valid
+from suite.spec.task import load_task
+from suite.spec.validate import require_valid
 
 CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 64, "max_position_embeddings": 128}
 OPTIONS = Options(("bf16", "fp16"), None, 2, 16, (0, 1), "vllm", "sdpa")

@@ -93,7 +93,7 @@ def from_hub(hub_id: str, most_bytes: int) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-    from suite.models import READ, WEIGHTS
+    from suite.engines.models import READ, WEIGHTS
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *READ], local_files_only=True))

@@ -1,5 +1,5 @@
 """Rollouts that somebody's run wrote, without a task: `suite check --evidence FILE... [--from FRAMEWORK]`. Columns and refusals
-are those of suite/dump.py; `arm` and `seed` may be absent, since nothing is compared with a plan. No torch, except to
+are those of suite/dumps/dump.py; `arm` and `seed` may be absent, since nothing is compared with a plan. No torch, except to
 read slime's files.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from suite import dump_files
 from suite.check.measures import Launch
-from suite.dump_files import Shard
-from suite.dump_rows import Rollout, check_row, row_error
-from suite.dump_signs import NOTE, LaunchSigns
+from suite.dumps import files as dump_files
+from suite.dumps.files import Shard
+from suite.dumps.readers.sources import Source
+from suite.dumps.rows import Rollout, check_row, row_error
+from suite.dumps.signs import NOTE, LaunchSigns
 from suite.errors import TaskError, UserError
 from suite.files import FOLDER_NAME
-from suite.readers import Source
 
 ARM, SEED = "rollouts", 0  # of files that do not say
 FLUSH_TOKENS, KEPT_TOKENS = 500_000, 20_000_000  # folded at a time; held for the figure

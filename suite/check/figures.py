@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from suite.archive.points import points_of
 from suite.check.measures import Launch
-from suite.mismatch import concat_sums, estimates
-from suite.report.plots import Arm, figure5
-from suite.report.points import points_of
-from suite.report.svg import STYLE, plt
+from suite.measure.mismatch import concat_sums, estimates
+from suite.report.figures.plots import Arm, figure5
+from suite.report.figures.svg import STYLE, plt
 
 MOST_COLUMNS = 4
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]  # log mu, log pi (T,) nats; response lengths (N,)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from suite import stats
-from suite.estimands import ESTIMANDS
-from suite.mismatch import Sums, concat_sums, estimates, estimates_of_totals, prompt_sums
+from suite.measure import stats
+from suite.measure.mismatch import Sums, concat_sums, estimates, estimates_of_totals, prompt_sums
+from suite.spec.estimands import ESTIMANDS
 
 LEVEL = 0.90
 BANDS = {"share_in_0.999_1.002": (0.999, 1.002), "share_in_0.99_1.01": (0.99, 1.01), "share_in_0.95_1.05": (0.95, 1.05)}

@@ -72,7 +72,7 @@ def preflight(folder: Path, sequences: list[list[int]], dtype: torch.dtype, atte
     """Of one checkpoint over sequences of token ids."""
     from transformers import AutoModelForCausalLM
 
-    from suite.precision import dtype_name
+    from suite.spec.precision import dtype_name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False)

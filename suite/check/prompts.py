@@ -67,7 +67,7 @@ def is_embedded(model: Checkpoint) -> bool:
 
 
 def _embedded_problems() -> list[str]:
-    from suite.desk.problems import prompt_text, sample_problems
+    from suite.problems.desk import prompt_text, sample_problems
 
     return [prompt_text(one) for terms, count in EMBEDDED_TERMS for one in sample_problems(count, terms, 0)]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from suite.check.checkpoint import Checkpoint
-from suite.plan import canonical_json
+from suite.spec.plan import canonical_json
 
 # statistic -> what it is about in the paper; the numbers that a check reports
 STATISTICS = {

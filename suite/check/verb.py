@@ -6,12 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from suite import environment
 from suite.check import checkpoint, memory, prompts, template
 from suite.check.bars import answers, chosen_bars
 from suite.check.checkpoint import Checkpoint
@@ -21,23 +21,30 @@ from suite.check.template import Options
 from suite.door import FileError
 from suite.errors import NotRunnable, UserError
 from suite.files import parquet_bytes, write_atomic
-from suite.precision import DTYPES
-from suite.record import FINISHED, Run, find_runs, read_part
-from suite.task import Task, load_task
-from suite.validate import require_valid
+from suite.machine import environment
+from suite.record.run import FINISHED, Run, find_runs, read_part
+from suite.spec.precision import DTYPES
+from suite.spec.task import Task, load_task
+from suite.spec.validate import require_valid
 
 PAGE = "check.html"
 PREFLIGHT_SEQUENCES = 16
-ENGINES = {"suite/rollouts/": "sampler", "suite/trainers/": "trainer"}  # where an error of an engine passes through
+ENGINES = {"suite/engines/samplers/": "sampler", "suite/engines/trainers/": "trainer"}  # where an error of an engine passes through
 
 
-def check(args) -> int:
-    """Exit code 0, or 1 where a bar named after --bar is not cleared."""
+def silent(num_cells: int):
+    """A run that nobody watches."""
+    return contextlib.nullcontext(lambda *done, **more: None)
+
+
+def check(args, watching: Callable = silent) -> int:
+    """Exit code 0, or 1 where a bar named after --bar is not cleared. watching: given a number of cells, a context whose value
+    is told of progress."""
     chosen = chosen_bars(args.bar)
     if (args.model is None) == (args.evidence is None):
         found = "neither" if args.model is None else "both"
         raise UserError(f"check: found {found}, allowed: either MODEL or --evidence FILE")
-    result, page_file = _of_evidence(args, chosen) if args.evidence else _of_model(args, chosen)
+    result, page_file = _of_evidence(args, chosen) if args.evidence else _of_model(args, chosen, watching)
     return _show(result, args.html or page_file)
 
 
@@ -73,9 +80,9 @@ def _of_evidence(args, chosen: list[str]) -> tuple[Result, Path | None]:
 # --- a model ------------------------------------------------------------------------------------------------------------
 
 
-def _of_model(args, chosen: list[str]) -> tuple[Result, Path | None]:
+def _of_model(args, chosen: list[str], watching: Callable) -> tuple[Result, Path | None]:
     from suite.check.figures import draw
-    from suite.doctor import can_run
+    from suite.machine.doctor import can_run
 
     options, machine = options_of(args), environment.collect(args.runs_dir)
     on_gpu = bool(machine["gpus"]) and machine["torch_build"] == "cuda"
@@ -84,7 +91,7 @@ def _of_model(args, chosen: list[str]) -> tuple[Result, Path | None]:
     task = write_task(model, options, args.prompts, args.runs_dir, on_gpu)
     if reason := can_run(task, machine):
         raise NotRunnable(reason)
-    _run(task, args.runs_dir)
+    _run(task, args.runs_dir, watching)
     runs, verdict, doubts = _graded(task, args.runs_dir, environment.fingerprint(machine))
     arms = by_arm(_launch(run) for run in runs)
     flight = _preflight(model, options, runs, free)
@@ -131,7 +138,7 @@ def _require_causal(model: Checkpoint) -> None:
 
 def write_task(model: Checkpoint, options: Options, source: str, runs_dir: Path, on_gpu: bool) -> Task:
     """The task in its run folder, with the prompts beside it; read back, so that what runs is what stands there."""
-    from suite.models import files_sha256, weights_sha256
+    from suite.engines.models import files_sha256, weights_sha256
 
     most = None if model.context is None else model.context - 1
     given = prompts.load(source, model, _tokenizer(model), most)
@@ -147,7 +154,7 @@ def write_task(model: Checkpoint, options: Options, source: str, runs_dir: Path,
 
 
 def _tokenizer(model: Checkpoint):
-    from suite.models import load_tokenizer
+    from suite.engines.models import load_tokenizer
 
     if not model.has_tokenizer:
         return None
@@ -159,15 +166,14 @@ def _tokenizer(model: Checkpoint):
                         "the model's own tokenizer files") from problem  # fmt: skip
 
 
-def _run(task: Task, runs_dir: Path) -> None:
+def _run(task: Task, runs_dir: Path, watching: Callable) -> None:
     """Run what is missing. An error out of an engine says which engine, in one line."""
-    from suite.plan import plan
-    from suite.progress import Progress
-    from suite.protocols import run_task
+    from suite.protocols.run import run_task
+    from suite.spec.plan import plan
 
     cells = plan(task)
     try:
-        with Progress(len(cells)) as progress:
+        with watching(len(cells)) as progress:
             run_task(task, cells, runs_dir=runs_dir, progress=progress)
     except (UserError, NotRunnable):
         raise
@@ -187,8 +193,8 @@ def _of_engine(problem: Exception, task: Task) -> Exception:
 
 def _graded(task: Task, runs_dir: Path, fingerprint: str) -> tuple[list[Run], dict, list[str]]:
     """The finished runs of this machine, their verdict (written beside them), and what makes them unfit to compare."""
-    from suite.grade import grade_task, write_verdict
     from suite.grade.fitness import violations
+    from suite.grade.verdict import grade_task, write_verdict
 
     runs = [run for run in find_runs(runs_dir, task.id) if run.fingerprint == fingerprint]
     verdict = grade_task(task, runs)
@@ -199,7 +205,7 @@ def _graded(task: Task, runs_dir: Path, fingerprint: str) -> tuple[list[Run], di
 
 def _parts(runs: list[Run]) -> Iterator[tuple]:
     """(log mu, log pi, response lengths) of each part of the evidence."""
-    from suite.evidence import flat, num_response_tokens
+    from suite.record.evidence import flat, num_response_tokens
 
     for run in runs:
         for path in sorted((run.folder / "evidence").glob("part-*.parquet")):
@@ -208,7 +214,7 @@ def _parts(runs: list[Run]) -> Iterator[tuple]:
 
 
 def _launch(run: Run) -> Launch:
-    from suite.evidence import flat, num_response_tokens
+    from suite.record.evidence import flat, num_response_tokens
 
     launch = Launch(run.arm, run.seed)
     for path in sorted((run.folder / "evidence").glob("part-*.parquet")):

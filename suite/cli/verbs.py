@@ -180,8 +180,9 @@ def reproduce(args) -> int:
 
 def check(args) -> int:
     from suite.check.verb import check as check_model
+    from suite.cli.progress import Progress
 
-    return check_model(args)
+    return check_model(args, Progress)
 
 
 def rehearse(args) -> int:
