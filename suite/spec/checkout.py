@@ -40,8 +40,12 @@ def task_path(path_or_id: str | Path) -> Path:
 
 
 def base_folder(path: Path) -> Path:
-    """tasks/_base of the checkout in which the file lies; of the current checkout for a file elsewhere."""
+    """tasks/_base of the checkout in which the file lies; of the current checkout for a file elsewhere. Outside of any
+    checkout a folder that is not there: such a task extends nothing."""
     for folder in Path(path).resolve().parents:
         if (folder / "_base").is_dir():
             return folder / "_base"
-    return find_repo() / "tasks" / "_base"
+    try:
+        return find_repo() / "tasks" / "_base"
+    except UserError:
+        return Path(path).resolve().parent / "tasks" / "_base"
