@@ -8,11 +8,15 @@ With --bench an item runs its task (`suite reproduce`) and the verdict is the ou
 session; INCONCLUSIVE and NOT_RUN are reported as such, and are neither passes nor failures.
 
 With --bench all items share one xdist worker: two engines on one machine slow each other down.
+
+With --suite-check MODEL one more item runs `suite check MODEL`, in any project; it passes if no bar named with --bar is
+missed. A check that cannot run fails: a gate that stands open is none.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +37,9 @@ class TaskFailure(Exception):
 def pytest_addoption(parser):
     group = parser.getgroup("suite", "fp16-mismatch-suite")
     group.addoption("--bench", action="store_true", help="run each collected task; its verdict is the outcome")
+    group.addoption("--suite-check", metavar="MODEL", action="append", default=[], help="also run `suite check MODEL`")
+    group.addoption("--bar", metavar="A,B", default="", help="with --suite-check: published bars that must not be missed")
+    group.addoption("--suite-check-flags", metavar="FLAGS", default="", help="further flags of `suite check`, as one text")
 
 
 def pytest_configure(config):
@@ -58,6 +65,37 @@ class TaskFile(pytest.File):
 
     def collect(self):
         yield TaskItem.from_parent(self, name=self.path.stem)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(session, config, items):
+    items += [CheckItem.from_parent(session, name=f"suite-check[{model}]", model=model) for model in config.getoption("suite_check")]
+
+
+class CheckItem(pytest.Item):
+    """One model against the chosen bars."""
+
+    def __init__(self, *, model: str, **kwargs):
+        super().__init__(**kwargs)
+        self.model = model
+        self.add_marker(pytest.mark.xdist_group("engine"))
+
+    def runtest(self):
+        bars = self.config.getoption("bar")
+        command = [sys.executable, "-m", "suite", "check", self.model, *(["--bar", bars] if bars else [])]
+        command += shlex.split(self.config.getoption("suite_check_flags"))
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.add_report_section("call", "suite check", done.stdout)
+        if done.returncode:
+            what = "a chosen bar is missed" if done.returncode == 1 else f"no answer (exit code {done.returncode})"
+            last = "" if done.returncode == 1 else "\n" + "\n".join(done.stdout.strip().splitlines()[-3:])
+            raise TaskFailure(f"suite check {self.model}: {what}{last}")
+
+    def repr_failure(self, excinfo, style=None):
+        return str(excinfo.value) if isinstance(excinfo.value, TaskFailure) else super().repr_failure(excinfo, style)
+
+    def reportinfo(self):
+        return self.path, None, self.name
 
 
 class TaskItem(pytest.Item):

@@ -175,3 +175,34 @@ def test_collection_imports_nothing_heavy():
         env={"PYTHONPATH": ":".join(filter(None, sys.path))},
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+# A stand-in for `python -m suite check MODEL ...`: says what it was asked, and ends with the number that the model is called.
+CHECK = """
+import sys
+print("asked:", " ".join(sys.argv[1:]))
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def check_standin(pytester, monkeypatch):
+    (pytester.path / "standin" / "suite").mkdir(parents=True)
+    (pytester.path / "standin" / "suite" / "__init__.py").write_text("")
+    (pytester.path / "standin" / "suite" / "__main__.py").write_text(CHECK)
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path / "standin"), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize("code, says", [(0, None), (1, "a chosen bar is missed"), (2, "no answer (exit code 2)"), (12, "no answer (exit code 12)")])
+def test_a_gate_passes_only_where_the_check_ran_and_no_bar_was_missed(run, pytester, check_standin, code, says):
+    result = run("--suite-check", str(code), "--bar", "nemo-rl,verl", "--suite-check-flags", "--seeds 0 --precision bf16", where=str(pytester.path))
+    result.assert_outcomes(passed=int(says is None), failed=int(says is not None))
+    assert result.ret == (says is not None)
+    if says:
+        result.stdout.fnmatch_lines([f"*suite check {code}: {says.replace('[', '[[]')}*", f"*asked: check {code} --bar nemo-rl,verl --seeds 0 --precision bf16*"])
+
+
+def test_a_gate_stands_beside_the_tests_of_a_project(run, pytester, check_standin):
+    pytester.makepyfile("def test_mine(): pass")
+    run("--suite-check", "0", "--suite-check", "1", where=str(pytester.path)).assert_outcomes(passed=2, failed=1)
+    run(where=str(pytester.path)).assert_outcomes(passed=1)

@@ -12,6 +12,7 @@ from suite.cli.main import main as cli
 from suite.errors import UserError
 from suite.record.run import read_metrics
 from suite.report.side_by_side import _agreement, side_by_side
+from suite.report.worse import what_is_worse
 from suite.spec.task import load_task
 
 
@@ -88,3 +89,67 @@ def test_what_cannot_be_compared_is_refused_with_what_could_be(repo, tmp_path, c
         side_by_side(run, repo / "runs")
     assert cli.main(["compare", str(run), str(tmp_path / "nothing")]) == 2
     assert "allowed: a folder with record.json or verdict.json" in capsys.readouterr().err
+
+
+def verdict_with(folder: Path, *claims, task="check-m") -> Path:
+    folder.mkdir()
+    path = folder / "verdict.json"
+    path.write_text(json.dumps({"task": task, "claims": list(claims)}))
+    return path
+
+
+def reported(value, interval, estimand="k3_nats_per_token", unit="nats/token", id="bf16-k3"):
+    return {"id": id, "verdict": None, "reason": "", "estimand": estimand, "unit": unit, "estimate": value, "interval": interval}
+
+
+def graded(word):
+    return reported(1.0, [0.9, 1.1]) | {"id": "C1", "verdict": word, "reason": "so it is"}
+
+
+@pytest.fixture
+def worse(tmp_path, monkeypatch):
+    """what_is_worse of two lists of claims, without the rest of a verdict that a reader asks for."""
+    monkeypatch.setattr("suite.report.worse.read_either", lambda path: json.loads(path.read_text()))
+
+    def call(before, after, **tasks):
+        return what_is_worse(verdict_with(tmp_path / "a", *before), verdict_with(tmp_path / "b", *after, **tasks))
+
+    return call
+
+
+@pytest.mark.parametrize("before, after, num", [
+    ([2e-4, [1e-4, 3e-4]], [5e-4, [4e-4, 6e-4]], 1),
+    ([2e-4, [1e-4, 3e-4]], [5e-4, [2e-4, 9e-4]], 0),  # intervals that touch
+    ([5e-4, [4e-4, 6e-4]], [2e-4, [1e-4, 3e-4]], 0),  # better
+    ([2e-4, [1e-4, 3e-4]], [None, None], 1),
+    ([2e-4, None], [9e-4, None], 0),  # nothing to tell noise by
+])  # fmt: skip
+def test_a_mismatch_is_worse_only_beyond_both_intervals(worse, before, after, num):
+    assert len(worse([reported(*before)], [reported(*after)])) == num
+
+
+def test_a_larger_ratio_or_signed_mean_is_not_worse(worse):
+    ratio, signed = ("ratio", "k3_nats_per_token"), ("nats/token", "k1_nats_per_token")
+    before, after = ([reported(value, [value - 1, value + 1], estimand, unit, id=unit) for unit, estimand in (ratio, signed)] for value in (10.0, 60.0))
+    assert worse(before, after) == []
+
+
+@pytest.mark.parametrize("words, num", [(("PASS", "INCONCLUSIVE"), 1), (("INCONCLUSIVE", "FAIL"), 1), (("FAIL", "PASS"), 0), (("PASS", "PASS"), 0)])
+def test_a_graded_claim_is_worse_where_its_word_is_graver(worse, words, num):
+    assert len(worse([graded(words[0])], [graded(words[1])])) == num
+
+
+def test_two_tasks_or_a_claim_that_is_gone_cannot_be_told_worse(worse, tmp_path):
+    with pytest.raises(UserError, match="two of one task"):
+        worse([graded("PASS")], [graded("PASS")], task="check-n")
+    shutil.rmtree(tmp_path / "a"), shutil.rmtree(tmp_path / "b")
+    with pytest.raises(UserError, match="found no claim C1"):
+        worse([graded("PASS")], [])
+
+
+def test_the_command_says_what_is_worse_and_ends_with_one(repo, tmp_path, monkeypatch, capsys):
+    (published,) = (repo / "results" / "desk-tiny").glob("*/verdict.json")
+    assert cli(["compare", str(published), str(published), "--fail-on", "worse"]) == 0
+    assert "nothing is worse in B" in capsys.readouterr().out
+    assert cli(["compare", str(run_folder(repo, "bf16.*s0")), str(run_folder(repo, "fp16.*s0")), "--fail-on", "worse"]) == 2
+    assert "two verdicts" in capsys.readouterr().err

@@ -162,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb = add("compare", "two runs, or two verdicts, side by side")
     verb.add_argument("a", type=Path, metavar="A", help="a folder with record.json or verdict.json")
     verb.add_argument("b", type=Path, metavar="B")
+    verb.add_argument("--fail-on", choices=("worse",), help="exit 1 if verdict B is worse than verdict A beyond its intervals")
 
     verb = add("bench", "speed and memory beside what people use otherwise; exit 1 if a target is missed")
     verb.add_argument("name", nargs="?", choices=("scoring", "rl", "all"), default="all")

@@ -253,7 +253,15 @@ def compare(args) -> int:
     from suite.report.side_by_side import side_by_side
 
     rendering.print_sections(side_by_side(args.a, args.b))
-    return 0
+    return _worse(args.a, args.b) if args.fail_on == "worse" else 0
+
+
+def _worse(a: Path, b: Path) -> int:
+    from suite.report.worse import what_is_worse
+
+    lines = what_is_worse(a, b)
+    print("\n".join(f"worse: {line}" for line in lines) or "nothing is worse in B")
+    return 1 if lines else 0
 
 
 def bench(args) -> int:

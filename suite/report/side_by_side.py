@@ -30,7 +30,7 @@ def side_by_side(a: Path, b: Path) -> list[Section]:
     """Sections for two run folders (with record.json) or two verdicts (verdict.json, or its folder); sections without rows
     are left out. Raises UserError where a path is neither, or the two are not of a kind.
     """
-    first, second = _read(Path(a)), _read(Path(b))
+    first, second = read_either(Path(a)), read_either(Path(b))
     if isinstance(first, Run) != isinstance(second, Run):
         kinds = ["a run" if isinstance(one, Run) else "a verdict" for one in (first, second)]
         raise UserError(f"found {kinds[0]} and {kinds[1]}, allowed: two runs or two verdicts")
@@ -39,7 +39,8 @@ def side_by_side(a: Path, b: Path) -> list[Section]:
     return [section for section in sections if section.rows]
 
 
-def _read(path: Path) -> Run | dict:
+def read_either(path: Path) -> Run | dict:
+    """The run in a folder with record.json, or the verdict in a file or folder. UserError for a path that is neither."""
     file = path / VERDICT if path.is_dir() else path
     if exists(path / RECORD):
         return _read_run(path)
