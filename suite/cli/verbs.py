@@ -12,10 +12,11 @@ from pathlib import Path
 
 from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, TaskError, UserError
 from suite.files import write_atomic
+from suite.spec.json_schema import json_schema
 from suite.spec.lock import stray_locks, write_lock
 from suite.spec.plan import Cell, plan
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import Task, find_repo, json_schema, load_all, load_readable, load_task, task_files
+from suite.spec.task import Task, find_repo, load_all, load_readable, load_task, task_files
 from suite.spec.validate import check_unlocked, require_valid, validate_file
 
 

@@ -50,7 +50,7 @@ class Type:
 
 TYPES = {
     "arm": Type("the name of an arm or of a control", lambda v: isinstance(v, str), {"type": "string"}, str),
-    "number": Type("a number", _number, {"type": "number"}, lambda v: f"{v:g}"),
+    "number": Type("a number", _number, {"type": "number"}, lambda v: f"{v:.10g}"),
     "share": Type("a number from 0 to 1", lambda v: _number(v) and 0 <= v <= 1,
                   {"type": "number", "minimum": 0, "maximum": 1}, lambda v: f"{100 * v:.10g} %"),
     "count": Type("a whole number from 1", lambda v: _number(v) and isinstance(v, int) and v >= 1,

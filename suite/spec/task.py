@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, Optional
 from pydantic import Field, JsonValue, PrivateAttr, ValidationError
 
 from suite.errors import TaskError
-from suite.spec import claim_library
 from suite.spec import claims as written
 from suite.spec.checkout import base_folder, find_repo, task_files, task_path  # noqa: F401  (offered where people look)
 from suite.spec.resolved_text import resolved_text
@@ -282,43 +281,6 @@ class Task(Strict):
         return {
             name: None if (part := getattr(self, name)) is None else part.model_dump(mode="json") for name in SECTIONS
         }
-
-
-def json_schema(folder: Path) -> str:
-    """The JSON Schema of a task file, for editors; `suite lock` writes it. folder: tasks/, for the types of claims.
-
-    Only `id` is required in it, because blocks named in `extends` may supply the rest.
-    """
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Task.model_json_schema(by_alias=True)}
-    schema["required"] = ["id"]
-    claims = {"type": "object", "additionalProperties": {"anyOf": [*_type_schemas(folder), _claim_schema(schema["$defs"])]}}
-    schema["properties"] |= {
-        "claims": {"anyOf": [claims, schema["properties"]["claims"]]},
-        "fixed": {"type": "string", "pattern": r"^\d{4}-\d{2}-\d{2}$"},
-        "claim_defaults": {"type": "object"},
-    }
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
-
-
-def _claim_schema(definitions: dict) -> dict:
-    """A claim of the map in full."""
-    parts = {name: part for kind in ("Claim", "Grade") for name, part in definitions[kind]["properties"].items() if name != "id"}
-    paper = {"anyOf": [{"type": "string"}, definitions["Paper"] | {"required": ["baseline"]}]}
-    tolerance = definitions["Tolerance"] | {"required": []}  # `fixed` gives the date
-    return {"type": "object", "properties": parts | {"paper": paper, "tolerance": tolerance}, "additionalProperties": False}
-
-
-def _type_schemas(folder: Path) -> list[dict]:
-    """A claim of each type of the library. No parameter is required: claim_defaults may give any."""
-    found = []
-    for name in claim_library.names(folder / "_claims"):
-        kind, errors = claim_library.claim_type(folder / "_claims" / f"{name}.yaml")
-        if kind is None:
-            raise TaskErrors(errors)
-        said = {key: parameter.schema for key, parameter in kind.parameters.items()}
-        parts = {"use": {"const": name}} | {key: {} for key in claim_library.BESIDE} | said
-        found.append({"type": "object", "properties": parts, "required": ["use"], "additionalProperties": False})
-    return found
 
 
 def load_all(repo: Path | None = None) -> dict[str, Task]:
