@@ -24,6 +24,7 @@ from suite.errors import UserError  # noqa: E402
 from suite.problems.data import load_prompts, token_ids  # noqa: E402
 from suite.protocols import rl  # noqa: E402
 from suite.protocols.session import Session  # noqa: E402
+from suite.record.evidence import whole_rows  # noqa: E402
 from suite.record.run import Run, find_runs, read_evidence, read_metrics  # noqa: E402
 from suite.record.writer import open_run  # noqa: E402
 from suite.spec.plan import Cell  # noqa: E402
@@ -169,6 +170,26 @@ def test_damaged_checkpoints_and_a_cut_line_are_recovered_from_the_one_before_an
     assert resumed.record["recovered"] == [cut, "step-00006.pt: its content does not have the recorded hash"]
     assert any(cut in note for note in notes)
     assert json.dumps(series(resumed)) == json.dumps(series(straight))
+
+
+def test_dynamic_sampling_and_a_sample_of_whole_rows_are_the_same_in_a_resumed_run(tmp_path):
+    """Rounds so far follow from the metrics, sums from the rows that stand for all."""
+    changes = {"schedule__dynamic_sampling": {"max_rounds": 2}, "schedule__whole_rows_per_step": 3, "schedule__steps": 4,
+               "rollout__max_tokens": 24}  # fmt: skip
+    whole = run(tmp_path / "whole", **changes)
+    interrupted(tmp_path / "cut", after=3, **changes)
+    resumed = run(tmp_path / "cut", **changes)
+    assert json.dumps(series(resumed)) == json.dumps(series(whole))
+    assert all(row["num_rollouts"] == 16 and row["sampling_rounds"] in (1, 2) for row in whole.metrics)
+    assert any(row["sampling_rounds"] == 2 for row in whole.metrics) and {"drawn_reward_mean"} <= whole.metrics[0].keys()
+    for column, values in whole.summary.items():
+        assert values.tolist() == resumed.summary[column].tolist(), column
+    assert whole.record["series_summary"] == resumed.record["series_summary"] and "prob_diff_p999" not in whole.record["series_summary"]
+    assert whole_rows(read_evidence(whole.folder)).num_rows == 4 * 3 and whole.summary["num_rollouts"].sum() == 4 * 16
+    unthinned = run(tmp_path / "all", **changes | {"schedule__whole_rows_per_step": None})
+    assert json.dumps(series(unthinned)) == json.dumps(series(whole)), "what is kept changes nothing that is measured"
+    for column, values in whole.summary.items():
+        assert values.tolist() == unthinned.summary[column].tolist(), column
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_two_are_kept(tmp_path):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from suite.cli.layout import COLUMNS, print_layout
 from suite.errors import UserError
 from suite.grade.arms import arm_label
 from suite.grade.judge import short
@@ -188,6 +189,7 @@ def print_plan(task: Task, cells: list[Cell], power: dict[str, dict]) -> None:
     console.print(table)
     memory = f"{wanted.gpu_mem_gib:g} GiB per GPU" if wanted.gpus else "no GPU"
     console.print(f"needs {machine(task)}: {memory}, {wanted.disk_gib:g} GiB of disk")
+    print_layout(console, _table(*COLUMNS), task, cells)
     if task.budget:
         gpu_hours = wanted.gpus * wanted.nodes * task.budget.minutes / 60
         console.print(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from suite.machine.environment import fingerprint, sampler_engine
+from suite.machine.memory import need_of, why_not
 from suite.spec.plan import plan
 from suite.spec.precision import CACHE_FORMATS, FORMATS
 
@@ -23,6 +24,7 @@ def can_run(task, env: dict[str, Any]) -> str | None:
     cells = plan(task)
     checks = (
         _gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env), unsupported_reason(cells), _cache_reason(cells, env),
+        memory_reason(task),
     )  # fmt: skip
     return "; ".join(reason for reason in checks if reason) or None
 
@@ -46,6 +48,16 @@ def _gpu_reason(need, env: dict[str, Any]) -> str | None:
     if env["torch_build"] == "cpu":
         return f"{wanted}; torch is a build for CPUs here, beside {describe_gpus(env['gpus'])}: run `make setup`"
     return None
+
+
+def memory_reason(task) -> str | None:
+    """The cells of a GPU task that its own GPUs cannot hold, by the memory model: the first of each kind, and why."""
+    card = task.resources.gpu_mem_gib
+    if not task.resources.gpus or task.resources.cpu_ok:
+        return None
+    needs = ((cell, need_of(cell, card)) for cell in plan(task))
+    reasons = {why: cell for cell, need in reversed(list(needs)) if need and (why := why_not(need, card))}
+    return "; ".join(f"{cell.name}: {why}" for why, cell in reversed(reasons.items())) or None
 
 
 def _disk_reason(need, env: dict[str, Any]) -> str | None:

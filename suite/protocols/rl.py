@@ -151,9 +151,9 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
 
         row |= _training(updates) | {"sync_probe_k3": gap.k3, "sync_probe_logprob_diff_mean": gap.logprob_diff_mean}
         clock.lap("t_rest_s")
-        tally.add(evidence)
         if num_whole := schedule.get("whole_rows_per_step"):
             evidence = thinned(evidence, num_whole, request_seed(cell.seed, "evidence", step))
+        tally.add(evidence)  # as a resume will read it
         writer.append(row | clock.laps, evidence)
         writer.note_executed(engines.executed(trainer) | {"wire": travelled})
         due = (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from suite.errors import TaskError
+from suite.spec.shapes import shape_of
 from suite.spec.task import Task
 
 MOE_FAMILIES = ("qwen3_moe",)  # that the moe trainer holds a table of names for
@@ -14,7 +15,7 @@ def trainer_errors(task: Task, cells: list) -> dict[str, TaskError]:
     found: dict[str, TaskError] = {}
     for cell in cells:
         engine = cell.get("train.engine", None) if cell.settings.get("train") else "none"
-        rules = [] if engine == "none" else (_of_moe(cell) if engine == "moe" else _of_dense(cell)) + _of_ranks(cell)
+        rules = [] if engine == "none" else (_of_moe(cell) if engine == "moe" else _of_dense(cell)) + _of_ranks(task, cell)
         for key, value, allowed in [*_of_training(task, cell), *rules]:
             found.setdefault(key, TaskError(task.file, key, value, allowed))
     return found
@@ -43,7 +44,14 @@ def _of_dense(cell) -> list[tuple]:
     return [("train.parallel.expert", experts, "1 with train.engine dense")] if experts > 1 else []
 
 
-def _of_ranks(cell) -> list[tuple]:
-    """Experts are spread over the ranks that share the data."""
-    data, experts = (cell.get(f"train.parallel.{name}", None) or 1 for name in ("data", "expert"))
-    return [("train.parallel.expert", experts, f"a divisor of train.parallel.data, {data}")] if data % experts else []
+def _of_ranks(task: Task, cell) -> list[tuple]:
+    """Experts are spread over the ranks that share the data; heads and layers are dealt out whole; every GPU has a rank."""
+    ways = {way: cell.get(f"train.parallel.{way}", None) or 1 for way in ("data", "tensor", "pipeline", "expert")}
+    ranks, gpus = ways["data"] * ways["tensor"] * ways["pipeline"], task.resources.gpus * task.resources.nodes
+    rules = [(ways["data"] % ways["expert"] == 0, "expert", f"a divisor of train.parallel.data, {ways['data']}")]
+    if task.protocol == "rl" and gpus and not task.resources.cpu_ok:
+        rules.append((ranks == gpus, "data", f"{gpus // (ways['tensor'] * ways['pipeline'])}: resources has {gpus} GPUs, one for each rank"))
+    if shape := shape_of(cell.settings["model"]):
+        counts = {"expert": ("experts", shape.experts), "tensor": ("key-value heads", shape.kv_heads), "pipeline": ("layers", shape.layers)}
+        rules += [(num % ways[way] == 0, way, f"a divisor of the {num} {what} of the model") for way, (what, num) in counts.items() if num]
+    return [(f"train.parallel.{way}", ways[way], allowed) for fits, way, allowed in rules if not fits]
