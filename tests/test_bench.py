@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from suite.bench import pairs, rl_step, scoring, tables
+from suite.bench import moe_step, pairs, rl_step, scoring, tables
 from suite.bench import verbs as bench
 from suite.bench.pairs import Side, SideFailed, in_turn, paired_ratios, spread, target, with_range
 from suite.bench.worker import PeakMemory
@@ -276,3 +276,30 @@ def test_unusable_choices_are_refused_before_anything_is_measured():
         pytest.skip("trl is not installed")
     with pytest.raises(UserError, match="--sizes: found '7b', allowed: 1m, 5m"):
         rl_step.check(["1m", "7b"])
+
+
+# --- the mixture of experts -------------------------------------------------------------------------------------------
+
+
+def moe_turn(ours=(1.0, 2.0), transformers=(1.0, 5.0), norms=(0.5, 0.5)):
+    times = {f"{side}_{phase}": value for side, pair in (("ours", ours), ("transformers", transformers)) for phase, value in zip(("score", "train"), pair, strict=True)}
+    return times | {"ours_grad_norm": norms[0], "transformers_grad_norm": norms[1]}
+
+
+def test_a_moe_row_divides_whole_steps_pair_by_pair_and_its_target_is_transformers_speed():
+    row = {"precision": "fp32", "repetitions": 2} | moe_step.compare([moe_turn(), moe_turn(transformers=(1.0, 2.0))], "fp32")
+    assert row["speed_ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0} and row["train_ratio"]["max"] == 2.5
+    (judged,) = moe_step.targets([row])
+    assert judged["met"] and judged["wanted"] == "at least 1"
+    assert moe_step.tables([row])[0][1][0]["speed, ours / transformers"] == "1.50 (1.00 to 2.00)"
+
+
+def test_two_mixtures_that_took_different_steps_are_not_compared():
+    with pytest.raises(ValueError, match="fp32: the two sides' gradient norms are 0.5 and 0.6"):
+        moe_step.compare([moe_turn(norms=(0.5, 0.6))], "fp32")
+
+
+def test_the_moe_bench_s_rows_are_problems_with_their_solutions():
+    rows = moe_step.rows_of(moe_step.Batch(num_sequences=4))
+    assert len(rows) == 4 and rows == moe_step.rows_of(moe_step.Batch(num_sequences=4))
+    assert all(0 < num_prompt < len(tokens) for tokens, num_prompt in rows)

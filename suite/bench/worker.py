@@ -63,9 +63,9 @@ def _status_bytes(field: str) -> int:
 def main() -> None:
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     turns = Turns()
-    from suite.bench import rl_step, scoring
+    from suite.bench import moe_step, rl_step, scoring
 
-    (scoring.SIDES | rl_step.SIDES)[turns.job["side"]](turns)
+    (scoring.SIDES | rl_step.SIDES | moe_step.SIDES)[turns.job["side"]](turns)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--fail-on", choices=("worse",), help="exit 1 if verdict B is worse than verdict A beyond its intervals")
 
     verb = add("bench", "speed and memory beside what people use otherwise; exit 1 if a target is missed")
-    verb.add_argument("name", nargs="?", choices=("scoring", "rl", "all"), default="all")
+    verb.add_argument("name", nargs="?", choices=("scoring", "rl", "moe", "all"), default="all")
     verb.add_argument("--sizes", type=_names, metavar="1m,5m", help="desk recipes that `rl` takes")
     verb.add_argument("--vocab", type=_numbers, metavar="64,8192", help="vocabularies that `scoring` takes")
     verb.add_argument("--out", type=Path, metavar="DIR", help="default: results/bench of the checkout")
