@@ -9,6 +9,7 @@ import json
 import shutil
 import socket
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import published as fakes
@@ -24,6 +25,7 @@ from suite.report import readme, rows, tables
 from suite.report import verbs as report_verbs
 from suite.report.findings import NOT_YET, QUESTIONS, Finding, findings
 from suite.report.generate import generated_files
+from suite.report.mixtures import mixtures_markdown
 from suite.spec.task import load_all, load_task
 
 HOST, USER = "builder-17.lab.example", "someuser"
@@ -453,6 +455,31 @@ def test_the_precision_matrix_is_complete_or_absent(repo):
     assert matrix.k3_nats_per_token[0, 1] == pytest.approx(np.exp(np.mean(np.log(k3))))
     assert "| rollout bf16 |" in tables.matrix_markdown("desk-matrix", "cpu", matrix)
     assert tables.matrices([run for run in runs if run.arm != "bf16-fp16"]) == []
+
+
+def arm_rows(arms, routing=None):
+    return [{"arm": arm, "at": {"data.num_terms": [25, 100]}, "num_launches": 5,
+             "values": {"k3_nats_per_token": k3, "prob_diff_mean": k3 / 10} | ({} if routing is None else {"routing_disagreement": routing})}
+            for arm, k3 in arms.items()]  # fmt: skip
+
+
+def test_a_mixture_s_mismatch_and_other_experts_stand_beside_the_dense_task_of_the_same_arms_and_machine():
+    protocols = {"dense": "offline_mismatch", "moe": "offline_mismatch", "doses": "offline_mismatch", "trained": "rl"}
+    tasks = {name: SimpleNamespace(protocol=protocol) for name, protocol in protocols.items()}
+    metrics = {"dense": arm_rows({"bf16": 1e-3, "fp16": 1e-5}), "moe": arm_rows({"bf16": 9e-3, "fp16": 9e-5, "bf16-replay": 2e-3}, 0.02),
+               "doses": arm_rows({"fp32-m1": 1.0}), "trained": arm_rows({"bf16": 1e-3}, 0.03)}  # fmt: skip
+    verdicts = [{"task": name, "fingerprint": "cpu", "metrics": rows} for name, rows in metrics.items()]
+    assert mixtures_markdown([one for one in verdicts if one["task"] != "moe"], tasks) == [], "no mixture, no table"
+    elsewhere = [{"task": "dense", "fingerprint": "other", "metrics": metrics["dense"]}]
+    (section,) = mixtures_markdown(verdicts + elsewhere, tasks)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")]
+    assert lines[1:] == [
+        ["dense", "dense", "bf16 num_terms=25-100", "0.001", "0.0001", ""],
+        ["dense", "dense", "fp16 num_terms=25-100", "1e-05", "1e-06", ""],
+        ["mixture of experts", "moe", "bf16 num_terms=25-100", "0.009", "0.0009", "0.02"],
+        ["mixture of experts", "moe", "fp16 num_terms=25-100", "9e-05", "9e-06", "0.02"],
+        ["mixture of experts", "moe", "bf16-replay num_terms=25-100", "0.002", "0.0002", "0.02"],
+    ]
 
 
 # --- everything generated --------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from suite.report import page, readme, tables
 from suite.report.escaping import escape_address, escape_markdown
 from suite.report.figures import plots
 from suite.report.findings import findings
+from suite.report.mixtures import mixtures_markdown
 from suite.report.rows import result_rows
 
 
@@ -37,7 +38,7 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
         figures += [(folder.parent.name, folder.name, f"{place}/figures/{f.name}.svg", f.caption) for f in drawn]
     arms = [table for table in map(tables.arm_table, verdicts) if table]
     found = findings(rows)
-    sections = [tables.matrix_markdown(*found) for found in matrices]
+    sections = [tables.matrix_markdown(*found) for found in matrices] + mixtures_markdown(verdicts, tasks)
     if arms:
         sections += ["## Metrics of the arms, means over launches", *map(tables.arm_table_markdown, arms)]
     files["RESULTS.md"] = tables.markdown(rows, [*sections, *_figure_sections(figures)]).encode()
