@@ -14,7 +14,7 @@ from suite.errors import UserError
 from suite.problems import desk as problems
 from suite.problems.desk import make_problem, prompt_text, sample_problems
 
-SHIPPED = ("1m", "llama-1m")
+SHIPPED = ("1m", "llama-1m", "qwen3-moe-2m")
 
 
 @pytest.fixture(scope="module", params=SHIPPED)
