@@ -43,13 +43,17 @@ def test_three_engines_agree_in_fp32_before_training_and_after_three_steps_and_s
         ours = trainer(folder, FP32)
         rows = as_sequences(sampler.sample(some_requests(8)))
         assert_pairwise(rows, sampler, ours, folder)
-        assert routing_disagreement(rows, sampler, ours) == {"routing_disagreement": 0.0}, "in fp32 no choice differs"
+        chosen = sampler.expert_choices(rows)
+        assert routing_disagreement(rows, chosen, ours) == {"routing_disagreement": 0.0}, "in fp32 no choice differs"
         before = np.concatenate(ours.score(rows))
+        ours.follow(rows, chosen)
+        assert np.abs(np.concatenate(ours.score(rows)) - before).max() < 1e-6, "so to follow the sampler's changes nothing"
+        ours.follow([], [])
         for seed in range(3):
             steps(ours, rows, [seed])
             sync_weights(ours, sampler, "fp32")
         assert np.abs(np.concatenate(ours.score(rows)) - before).mean() > 1e-2, "training moved the policy"
-        assert routing_disagreement(rows, sampler, ours)["routing_disagreement"] == 0
+        assert routing_disagreement(rows, sampler.expert_choices(rows), ours)["routing_disagreement"] == 0
         assert_pairwise(rows, sampler, ours, written(tmp_path / "trained", ours, folder))
     finally:
         sampler.close()

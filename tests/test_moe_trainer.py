@@ -16,7 +16,6 @@ from test_dense_trainer import BF16, FP16, FP32, minibatch, plain_logprobs, sequ
 from suite.engines.trainers.load import load_trainer  # noqa: E402
 from suite.engines.trainers.megatron_names import read_shape, read_weights, table  # noqa: E402
 from suite.errors import DataError, UserError  # noqa: E402
-from suite.measure.routing import disagreement  # noqa: E402
 from suite.spec.algorithms import resolve  # noqa: E402
 
 MOE = TRAIN | {"engine": "moe", "optimizer": OPTIMIZER, "grad_clip": None}
@@ -222,42 +221,6 @@ def test_moved_weights_come_back_exactly(model):
     with ours.moved_weights(lambda named: [tensor.mul_(1.5) for _, tensor in named]):
         assert not np.allclose(np.concatenate(ours.score(rows)), before)
     assert np.array_equal(np.concatenate(ours.score(rows)), before)
-
-
-# --- routing ---
-
-
-def test_the_experts_chosen_are_those_of_transformers_whatever_the_batch(model):
-    from transformers import AutoModelForCausalLM
-
-    rows, chosen = sequences(6), []
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    for layer in reference.model.layers:
-        layer.mlp.gate.register_forward_hook(lambda _, args, output: chosen.append(output[2].sort(-1).values))
-    found = trainer(model, optimizer=None, score_batch_size=4).expert_choices(rows)
-    for (tokens, num_prompt), ours in zip(rows, found, strict=True):
-        chosen.clear()
-        reference(input_ids=torch.tensor([tokens]), use_cache=False)
-        expected = torch.stack(chosen, 1)[num_prompt - 1 : len(tokens) - 1]
-        assert ours.shape == (len(tokens) - num_prompt, 2, 2) and np.array_equal(ours, expected.numpy())
-
-
-def test_disagreement_is_the_share_of_token_layer_pairs_with_another_set():
-    ours = [np.array([[[0, 1], [2, 3]], [[0, 1], [0, 3]]]), np.zeros((0, 2, 2), int)]  # two tokens, two layers; no token
-    theirs = [np.array([[[0, 1], [2, 3]], [[0, 2], [0, 3]]]), np.zeros((0, 2, 2), int)]
-    assert disagreement(ours, theirs) == 0.25 and disagreement(ours, ours) == 0
-    assert disagreement(ours[1:], theirs[1:]) is None
-    with pytest.raises(ValueError, match="allowed: one shape"):
-        disagreement(ours[:1], theirs[1:])
-
-
-def test_the_share_of_a_run_weights_its_batches_by_their_tokens():
-    from suite.protocols.offline import _routing
-
-    rows = [{"routing_disagreement": 0.1, "num_response_tokens": 30}, {"routing_disagreement": 0.5, "num_response_tokens": 10},
-            {"routing_disagreement": None, "num_response_tokens": 0}]  # fmt: skip
-    assert _routing(rows) == {"routing_disagreement": pytest.approx(0.2)}
-    assert _routing([{"num_response_tokens": 30}]) == {}, "a model without experts"
 
 
 # --- the CPU shims ---

@@ -23,7 +23,7 @@ def test_a_rehearsal_keeps_what_a_task_is_about_and_cuts_the_rest_down(name):
         cell = cells[whole.arm, str(whole.point)]
         settings = Settings.model_validate_json(json.dumps(cell.settings), strict=True).model_dump(mode="json")
         assert all(cell.get(path) is not None for path in REQUIRED[task.protocol] if path != "model.sha256")
-        for kept in ("precision", "algorithm", "train.lora", "train.optimizer", "train.gradient_checkpointing", "rollout.stop"):
+        for kept in ("precision", "algorithm", "train.lora", "train.optimizer", "train.gradient_checkpointing", "train.routing_replay", "rollout.stop"):
             assert cell.get(kept, None) == whole.get(kept, None), kept
         assert settings["model"]["path"].startswith("baselines/desk/") and settings["rollout"]["max_tokens"] <= 192
         assert (settings["schedule"] or {}).get("steps") in (2, None)

@@ -69,6 +69,7 @@ def test_adapters_are_refused_where_nothing_is_trained(tmp_path):
     ([("engine: dense", "engine: moe\n  parallel: {{data: 4, expert: 3}}"), ("family: qwen2", "family: qwen3_moe")],
      "train.parallel.expert: found 3, allowed: a divisor of train.parallel.data, 4"),
     ([("engine: dense", "engine: dense\n  parallel: {{data: 4, expert: 2}}")], "train.parallel.expert: found 2, allowed: 1 with train.engine dense"),
+    ([("engine: dense", "engine: dense\n  routing_replay: rollout")], "train.routing_replay: found 'rollout', allowed: nothing with train.engine dense"),
 ])  # fmt: skip
 def test_what_a_trainer_cannot_do_is_refused(tmp_path, edits, said):
     text = RL

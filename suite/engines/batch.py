@@ -85,6 +85,16 @@ def pad_sequences(sequences: list[tuple[list[int], int]], num_rows: int, pad_id:
     return PaddedSequences(token_ids, mask)
 
 
+def in_one_shape(padded: PaddedSequences, num_rows: int, length: int, pad_id: int = 0) -> PaddedSequences:
+    """The same rows, padded further to (num_rows, length): ranks that share their experts run forwards of one shape, however
+    many sequences each of them has and however long they are. What is added asks for no log-prob, so it has no loss."""
+    rows, columns = num_rows - len(padded.token_ids), length - padded.token_ids.shape[1]
+    if rows < 0 or columns < 0:
+        raise ValueError(f"found a batch of shape {padded.token_ids.shape}, allowed: at most {(num_rows, length)}")
+    edges = ((0, rows), (0, columns))
+    return PaddedSequences(np.pad(padded.token_ids, edges, constant_values=pad_id), np.pad(padded.response_mask, edges))
+
+
 @dataclass(frozen=True)
 class MiniBatch:
     """The rollouts of one gradient step. Log-probs in nats, one (T_i,) float32 array per rollout."""

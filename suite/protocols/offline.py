@@ -20,7 +20,7 @@ import numpy as np
 from suite.engines.batch import Rollout
 from suite.measure.bins import full_vocabulary_kl
 from suite.measure.mismatch import estimates, token_statistics
-from suite.measure.routing import routing_disagreement
+from suite.measure.routing import replay, routing_disagreement
 from suite.problems.data import Prompt, load_prompts
 from suite.protocols.engine_pool import SAMPLER_SETTINGS, Engines, group_cells
 from suite.protocols.evidence import evidence_table
@@ -104,11 +104,14 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
                       scored: bool) -> None:
     rewards = engines.reward(rollouts, launch.batches[index])
     sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
+    told = engines.scorable(rollouts)
+    chosen = engines.sampler.expert_choices(told) if scored else None
     for cell, writer in launch.behind(index):
         trainer, started = (engines.trainer(cell) if scored else None), time.perf_counter()
         # without a trainer there is no pi: its log-probs are set to those of mu, and no mismatch metric is reported
         logprobs, entropies = [rollout.rollout_logprobs for rollout in rollouts], None
         if trainer:
+            replay(cell.settings["train"], told, chosen, trainer)
             logprobs, entropies = trainer.score_and_entropy(sequences)
         seconds = {"t_sample_s": round(sample_seconds, 4), "t_score_s": round(time.perf_counter() - started, 4)}
         evidence = evidence_table(rollouts, logprobs, step=index, rewards=rewards, trainer_entropies=entropies)
@@ -116,7 +119,8 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
         if trainer and index == 0:
             row |= _full_vocabulary(engines.scorable(rollouts[:NUM_FULL_SEQUENCES]), engines, trainer)
         if trainer:
-            row |= routing_disagreement(engines.scorable(rollouts), engines.sampler, trainer)
+            row |= routing_disagreement(told, chosen, trainer)
+            replay(cell.settings["train"], [], [], trainer)
         writer.append(row | seconds, evidence)
         writer.note_executed(engines.executed(trainer))
         writer.note_weights(engines.weights)

@@ -37,7 +37,7 @@ from suite.engines.sync import Probe, prove_sync, rounder, sync_weights
 from suite.engines.trainers.health import GROUPS
 from suite.errors import UserError
 from suite.measure.mismatch import estimates, token_statistics
-from suite.measure.routing import routing_disagreement
+from suite.measure.routing import replay, routing_disagreement
 from suite.measure.watch import argmax_flips, by_advantage
 from suite.problems.data import Prompt, load_held_out, load_prompts
 from suite.protocols.drawing import draw, rounds_before
@@ -116,6 +116,9 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         drawn = draw(order, take, rounds_before(writer.metrics), max_rounds)
         batch, rollouts, rewards = drawn.prompts, drawn.rollouts, drawn.rewards
         sequences = [(rollout.token_ids, len(rollout.request.prompt_token_ids)) for rollout in rollouts]
+        told = engines.scorable(rollouts)
+        chosen = sampler.expert_choices(told)
+        replay(cell.settings["train"], told, chosen, trainer)
         scored = ranks.spread(sequences, lambda share: list(zip(*trainer.score_and_argmax(share), strict=True)))
         trainer_logprobs, trainer_argmaxes = ([one[part] for one in scored] for part in (0, 1))
         clock.lap("t_score_s")
@@ -125,7 +128,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
             diverged = True
             break
         evidence = evidence_table(rollouts, trainer_logprobs, step, rewards)
-        row = _mismatch(step, rollouts, evidence) | drawn.metrics | routing_disagreement(engines.scorable(rollouts), sampler, trainer)
+        row = _mismatch(step, rollouts, evidence) | drawn.metrics | routing_disagreement(told, chosen, trainer)
         clock.lap("t_rest_s")
 
         taught = _shuffled(rewards, cell.seed, step) if shuffle_rewards else rewards
@@ -137,6 +140,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
             whole = _perturbed(whole, perturb, trainer, ranks, request_seed(cell.seed, "perturb", step))
         parts = _minibatches(batch, rollouts, schedule, cell.seed, step)
         updates = [trainer.update(whole.rows(part), algorithm) for part in parts]
+        replay(cell.settings["train"], [], [], trainer)
         clock.lap("t_train_s")
 
         if held_out and (step + 1) % schedule["eval_every"] == 0:

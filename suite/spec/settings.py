@@ -247,7 +247,8 @@ class Parallel(Strict):
 
 class Train(Strict):
     """The trainer. `score_batch_size` and `micro_batch_size` count sequences per forward, of a scoring pass and of an
-    update: batch shape alone moves bf16 log-probs, so both are fixed.
+    update: batch shape alone moves bf16 log-probs, so both are fixed. routing_replay: whose experts a mixture's trainer
+    takes in scoring and in updates: its own router's (null), or those that the sampler chose for the same tokens.
     """
 
     engine: Literal["dense", "moe"] | None = None
@@ -255,6 +256,7 @@ class Train(Strict):
     micro_batch_size: Positive | None = None
     head_chunk_tokens: Positive | None = None
     attention: Literal["sdpa", "eager"] | None = None
+    routing_replay: Literal["rollout"] | None = None
     perturb: Perturb | None = None
     gradient_checkpointing: bool = False
     grad_clip: Annotated[float, Field(gt=0)] | None = None

@@ -41,7 +41,9 @@ def _of_moe(cell) -> list[tuple]:
 
 def _of_dense(cell) -> list[tuple]:
     experts = cell.get("train.parallel.expert", None) or 1
-    return [("train.parallel.expert", experts, "1 with train.engine dense")] if experts > 1 else []
+    replayed = cell.get("train.routing_replay", None)
+    rules = [("train.parallel.expert", experts, "1 with train.engine dense")] if experts > 1 else []
+    return rules + ([("train.routing_replay", replayed, "nothing with train.engine dense")] if replayed else [])
 
 
 def _of_ranks(task: Task, cell) -> list[tuple]:

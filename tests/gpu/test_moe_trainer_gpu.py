@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from small_models import write_model  # noqa: E402
 from test_dense_trainer import BF16, FP16, FP32, minibatch, plain_logprobs, sequences  # noqa: E402
+from test_moe_routing import planted  # noqa: E402
 from test_moe_trainer import trainer  # noqa: E402
 
+from suite.measure.routing import disagreement  # noqa: E402
 from suite.spec.algorithms import resolve  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -39,3 +41,12 @@ def test_a_16_bit_step_uses_native_products_and_stays_near_fp32(tmp_path, precis
     assert norms[1] == pytest.approx(norms[0], rel=0.1)
     executed = ours.executed()
     assert (executed["arithmetic"], executed["compute"], executed["master_weights"]) == ("native", precision["train"], "fp32")
+
+
+def test_planted_experts_are_followed_in_every_token_and_layer(tmp_path):
+    rows = sequences(6)
+    ours, told = trainer(write_model(tmp_path, experts=True), BF16), planted(rows)
+    assert disagreement(told, ours.expert_choices(rows)) > 0.5
+    ours.follow(rows, told)
+    assert disagreement(told, ours.expert_choices(rows)) == 0
+    assert np.isfinite(ours.update(minibatch(rows, ours.score(rows)), resolve("GRPO"))["grad_norm"])

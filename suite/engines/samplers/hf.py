@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -117,14 +118,30 @@ class HfSampler:
         rows = zip(self.distributions(sequences), sequences, strict=True)
         return [np.take_along_axis(full, np.array([tokens[n:]], dtype=np.int64).T, 1)[:, 0] for full, (tokens, n) in rows]
 
-    def expert_choices(self, sequences: list[tuple[list[int], int]]) -> None:
-        """This engine does not tell."""
+    @torch.inference_mode()
+    def expert_choices(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray] | None:
+        gates = [module for name, module in self._model.named_modules() if name.endswith("mlp.gate")]
+        if not gates:
+            return None
+        layers: list[torch.Tensor] = []  # (T, k) each, of one sequence
+        note = lambda gate, args, output: layers.append(output[2].sort(-1).values)  # noqa: E731
+        hooks, found = [gate.register_forward_hook(note) for gate in gates], []
+        try:
+            with self._products():
+                for tokens, _ in sequences:
+                    layers.clear()
+                    self._model.base_model(input_ids=torch.tensor([tokens], device=self._device), use_cache=False)
+                    found.append(torch.stack(layers, dim=1).cpu().numpy())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     @torch.no_grad()
     def load_weights(self, named_tensors) -> None:
         parameters = dict(self._model.named_parameters())
         for name, tensor in named_tensors:
-            parameters[name].copy_(tensor)
+            _place(parameters, name).copy_(tensor)
 
     def executed(self) -> dict[str, str]:
         return {
@@ -138,6 +155,21 @@ class HfSampler:
 
     def close(self) -> None:
         self._model = None
+
+
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def _place(parameters: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Where the checkpoint's tensor `name` is held: transformers 5 keeps a layer's experts in two parameters, (experts, gate
+    rows then up rows, H) and (experts, H, width)."""
+    expert = EXPERT.fullmatch(name)
+    if not expert or name in parameters:
+        return parameters[name]
+    layer, number, kind = expert.groups()
+    if kind == "down":
+        return parameters[f"{layer}.down_proj"][int(number)]
+    return parameters[f"{layer}.gate_up_proj"][int(number)].chunk(2)[kind == "up"]
 
 
 class StopStrings:

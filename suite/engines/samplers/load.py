@@ -32,8 +32,7 @@ class Sampler(Protocol):
         """log mu of the whole vocabulary at every response position, teacher-forced: (T_response, V) float32 nats each."""
 
     def expert_choices(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray] | None:
-        """Experts at the positions that predict each response, teacher-forced (routing.py); None where the engine does
-        not tell."""
+        """Experts at every position, teacher-forced (routing.py); None where the engine does not tell."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights by (checkpoint name, tensor) pairs."""

@@ -16,7 +16,6 @@ import torch
 
 from suite.engines.batch import Request, Rollout, empty_rollout, response_room
 from suite.engines.samplers.load import weights_format
-from suite.measure.routing import of_response
 from suite.spec.precision import CACHE_FORMATS, FORMATS, NATIVE, dtype_name
 
 IN_PROCESS = {
@@ -117,6 +116,8 @@ class VllmSampler:
         gates = [module for name, module in self._runner.model.named_modules() if name.endswith("mlp.gate")]
         if not gates or torch.cuda.is_available():
             return None
+        if not sequences:
+            return []
         k = self._llm.llm_engine.model_config.hf_config.num_experts_per_tok
         seen: list[list[np.ndarray]] = [[] for _ in gates]
         token_ids: list[np.ndarray] = []
@@ -139,8 +140,7 @@ class VllmSampler:
         if fed.tolist() != [token for tokens, _ in sequences for token in tokens]:
             raise RuntimeError("vLLM did not pre-fill the sequences one after the other: whose experts these are is not known")
         choices = np.stack([np.concatenate(layer) for layer in seen], axis=1)  # (all tokens, layers, k)
-        parts = np.split(choices, np.cumsum([len(tokens) for tokens, _ in sequences])[:-1])
-        return [of_response(part, num_prompt, len(tokens)) for part, (tokens, num_prompt) in zip(parts, sequences, strict=True)]
+        return np.split(choices, np.cumsum([len(tokens) for tokens, _ in sequences])[:-1])
 
     def load_weights(self, named_tensors, repair: bool = True) -> None:
         """Replace the engine's weights by (checkpoint name, tensor) pairs; repair=False only to show what a reload

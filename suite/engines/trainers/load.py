@@ -17,7 +17,7 @@ class Trainer(Protocol):
         """log pi of given responses: (token_ids, num_prompt_tokens) -> (T_response,) float32 nats each."""
 
     def expert_choices(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray] | None:
-        """Experts at the positions that predict each response (routing.py); None of a model without experts."""
+        """Experts at every position of each sequence (routing.py); None of a model without experts."""
 
     def executed(self) -> dict[str, str]:
         """Dtypes read from the live objects, and the arithmetic of their products."""

@@ -1,6 +1,7 @@
 """What megatron-core 0.16.1 needs changed to run without a GPU. A machine with one never imports this file.
 
-    current device     the rotary embedding and the router move their tensors to torch.cuda.current_device()
+    current device     the rotary embedding, the router, and what expert parallelism gathers and scatters stand on
+                       torch.cuda.current_device()
     random numbers     the tracker of dropout's generators seeds CUDA; RL has no dropout, so the one for inference will do
     te_general_gemm    the router's module reads this name, which exists only beside Transformer Engine
     products           linear layers and routers are autograd Functions, in whose backward no function mode is active: 16-bit
@@ -12,17 +13,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core import utils
 from megatron.core.models.common.embeddings import rotary_pos_embedding
-from megatron.core.tensor_parallel import layers, random
+from megatron.core.tensor_parallel import layers, mappings, random
 from megatron.core.transformer.moe import moe_utils, router
 
 
 class _CudaOfCpu:
-    """torch.cuda, for a module that asks it for nothing but the current device."""
+    """torch.cuda, whose current device is the CPU."""
 
     @staticmethod
     def current_device() -> torch.device:
         return torch.device("cpu")
+
+    def __getattr__(self, name: str):
+        return getattr(torch.cuda, name)
 
 
 class _TorchOfCpu:
@@ -51,7 +56,8 @@ def apply() -> None:
     """Change megatron-core in this process; a second call changes nothing more."""
     if torch.cuda.is_available():
         raise RuntimeError("the CPU shims of megatron-core were asked for beside a GPU")
-    rotary_pos_embedding.torch = router.torch = _TorchOfCpu()
+    for module in (rotary_pos_embedding, router, mappings, utils):
+        module.torch = _TorchOfCpu()
     random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     moe_utils.te_general_gemm = None
     layers.linear_with_grad_accumulation_and_async_allreduce = plain_linear

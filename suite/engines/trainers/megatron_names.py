@@ -79,8 +79,10 @@ class Row:
     how: Literal["same", "qkv", "stacked"] = "same"
 
 
-def table(shape: MoeShape) -> Iterator[Row]:
-    """Every parameter of the model, from the embedding to the head."""
+def table(shape: MoeShape, experts: range | None = None) -> Iterator[Row]:
+    """Every parameter of the model, from the embedding to the head; of a rank that holds a part of each layer's experts,
+    which megatron counts from 0, those of its own `experts`."""
+    held = experts or range(shape.num_experts)
     width, dim, expert = shape.hidden, shape.head_dim, shape.expert_width
     queries, keys = shape.num_heads * dim, shape.num_key_heads * dim
     yield Row("embedding.word_embeddings.weight", (("model.embed_tokens.weight", (shape.vocabulary, width)),))
@@ -95,8 +97,8 @@ def table(shape: MoeShape) -> Iterator[Row]:
         yield Row(f"{ours}.self_attention.linear_proj.weight", ((f"{hub}.self_attn.o_proj.weight", (width, queries)),))
         yield Row(f"{ours}.pre_mlp_layernorm.weight", ((f"{hub}.post_attention_layernorm.weight", (width,)),))
         yield Row(f"{ours}.mlp.router.weight", ((f"{hub}.mlp.gate.weight", (shape.num_experts, width)),))
-        for number in range(shape.num_experts):
-            one, theirs = f"{ours}.mlp.experts.local_experts.{number}", f"{hub}.mlp.experts.{number}"
+        for number in held:
+            one, theirs = f"{ours}.mlp.experts.local_experts.{number - held.start}", f"{hub}.mlp.experts.{number}"
             first = tuple((f"{theirs}.{name}.weight", (expert, width)) for name in ("gate_proj", "up_proj"))
             yield Row(f"{one}.linear_fc1.weight", first, "stacked")
             yield Row(f"{one}.linear_fc2.weight", ((f"{theirs}.down_proj.weight", (width, expert)),))
@@ -124,8 +126,15 @@ def parted(row: Row, parameter: torch.Tensor, shape: MoeShape) -> Iterator[tuple
     yield from zip((name for name, _ in row.tensors), parts, strict=True)
 
 
-def read_weights(folder: Path, shape: MoeShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """(parameter, value in the file's dtype) of every parameter; one is held at a time.
+def experts_of(shape: MoeShape, rank: int, num_ranks: int) -> range:
+    """The numbers of the experts that a rank holds, of as many ranks as divide them."""
+    share = shape.num_experts // num_ranks
+    return range(rank * share, (rank + 1) * share)
+
+
+def read_weights(folder: Path, shape: MoeShape, experts: range | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(parameter, value in the file's dtype) of every parameter, or of those of a rank with these experts; one is held at a
+    time.
 
     Raises DataError for a tensor that is missing, of another shape, not a float, or not part of the model: all of them
     before any is read.
@@ -139,7 +148,7 @@ def read_weights(folder: Path, shape: MoeShape) -> Iterator[tuple[str, torch.Ten
                 piece = tensors.get_slice(name)
                 headers[name] = (file, tuple(piece.get_shape()), piece.get_dtype())
     _check(Path(folder), rows, headers)
-    for row in rows:
+    for row in table(shape, experts):
         yield row.parameter, joined(row, [_read(headers[name][0], name) for name, _ in row.tensors], shape)
 
 

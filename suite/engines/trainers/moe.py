@@ -26,7 +26,7 @@ from suite.engines.trainers.perturb import scale_one
 from suite.engines.trainers.scoring import Scorer, by_length, recomputing
 from suite.engines.trainers.steps import DEFAULT_MICRO_BATCH_SIZE, Stepper
 from suite.errors import UserError
-from suite.measure.routing import of_response
+from suite.measure.routing import RouteBook
 from suite.spec.algorithms import Algorithm
 from suite.spec.precision import Precision, dtype_name
 
@@ -66,6 +66,7 @@ class MoeTrainer:
             )
             self.scaler = LossScaler(**(precision.get("loss_scaling") or {"enabled": False}))
         self._model.train(self._can_train)
+        self._book = RouteBook()
         self._scorer = Scorer(
             self._states, _head(self._model), torch_dtype(asked.trainer_head), products, temperature,
             train["score_batch_size"], self._device, train.get("head_chunk_tokens"),
@@ -95,7 +96,20 @@ class MoeTrainer:
         return {name: part for row in table(self._shape) for name, part in parted(row, parameters[row.parameter], self._shape)}
 
     def _states(self, token_ids: torch.Tensor) -> torch.Tensor:
+        megatron.follow(self._model, self._routes(token_ids))
         return megatron.hidden_states(self._model, token_ids)
+
+    def _routes(self, token_ids: torch.Tensor) -> torch.Tensor | None:
+        """(B, T, layers, k) of the experts to follow; None where every router is to choose itself."""
+        if not self._book:
+            return None
+        shape = self._shape
+        return torch.from_numpy(self._book.rows(token_ids.cpu().numpy(), shape.num_layers, shape.experts_per_token))
+
+    def follow(self, sequences: list[tuple[list[int], int]], choices: list[np.ndarray]) -> None:
+        """From now on take these experts, (T, layers, k) each, in every forward of these sequences; other rows, and positions
+        beyond those given, are routed by the model itself. Without sequences nothing is followed any more."""
+        self._book = RouteBook(sequences, choices)
 
     def _underflow(self) -> float:
         return underflow_share(self._model.parameters(), self._model.embedding.word_embeddings.weight)
@@ -114,7 +128,7 @@ class MoeTrainer:
 
     @torch.inference_mode()
     def expert_choices(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
-        """Experts at the positions that predict each response, in forwards of the shape of `score`."""
+        """Experts at every position, in forwards of the shape of `score`."""
         order, found = by_length(sequences), [None] * len(sequences)
         num_rows = self._scorer.num_rows
         with self._scorer.products():
@@ -122,8 +136,7 @@ class MoeTrainer:
                 part = order[start : start + num_rows]
                 choices = self._choices([sequences[i] for i in part], num_rows)
                 for index, one in zip(part, choices, strict=False):
-                    tokens, num_prompt = sequences[index]
-                    found[index] = of_response(one, num_prompt, len(tokens))
+                    found[index] = one[: len(sequences[index][0])]
         return found
 
     def _choices(self, sequences: list[tuple[list[int], int]], num_rows: int) -> np.ndarray:
