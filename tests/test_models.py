@@ -104,7 +104,7 @@ def test_files_of_the_hubs_cache_are_links_and_are_hashed_and_read_as_files(tmp_
     assert model_folder({"path": str(snapshot), "files_sha256": files_sha256(folder)}) == snapshot
 
 
-@pytest.mark.parametrize("block", ["desk-model", "desk-llama"])
+@pytest.mark.parametrize("block", ["desk-model", "desk-llama", "desk-moe"])
 def test_the_embedded_models_are_pinned_with_all_their_files(block):
     model = read_yaml(find_repo() / "tasks" / "_base" / f"{block}.yaml")[0]["model"]
     assert len(model["files_sha256"]) == 64 and model_folder(model)
