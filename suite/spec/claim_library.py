@@ -21,12 +21,11 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from suite.errors import TaskError
-from suite.spec.strict_yaml import read_yaml
+from suite.spec.strict_yaml import view_yaml
 from suite.spec.task_errors import origin
 
 BESIDE = ("about", "statement", "paper", "at", "until", "remark_band", "min_seeds", "floor", "tolerance")
@@ -94,7 +93,7 @@ def names(folder: Path) -> list[str]:
 
 def claim_type(path: Path) -> tuple[ClaimType | None, list[TaskError]]:
     """(type, errors) of one file of the library; None with errors."""
-    raw, errors = read_yaml(path)
+    raw, errors = view_yaml(path)
     if errors or not isinstance(raw, dict):
         return None, errors
     errors = [TaskError(path, key, key, "parameters and claim") for key in sorted(raw.keys() - {"parameters", "claim"})]
@@ -132,19 +131,12 @@ def strange_defaults(defaults: Any, layers: list, folder: Path) -> list[TaskErro
     """What of `claim_defaults` no type of the library has as a parameter."""
     if not isinstance(defaults, dict):
         return [TaskError(origin(layers, ("claim_defaults",)), "claim_defaults", defaults, "a mapping of parameters to values")]
-    known = _known_parameters(tuple((path, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.yaml")))) if defaults else None
-    if known is None:
+    kinds = [claim_type(path)[0] for path in sorted(folder.glob("*.yaml"))] if defaults else []
+    known = None if None in kinds else {name for kind in kinds for name in kind.parameters}
+    if known is None:  # a type that cannot be read may be what a default is for
         return []
     allowed = "a parameter of a type in tasks/_claims: " + ", ".join(sorted(known))
     return [TaskError(origin(layers, ("claim_defaults", name)), f"claim_defaults.{name}", name, allowed) for name in sorted(defaults.keys() - known)]
-
-
-@lru_cache(maxsize=8)
-def _known_parameters(files: tuple[tuple[Path, int], ...]) -> frozenset[str] | None:
-    """The parameters of all types, of files in the state of their times. None where a file cannot be read: whatever a
-    default is for might stand in it."""
-    kinds = [claim_type(path)[0] for path, _ in files]
-    return None if None in kinds else frozenset(name for kind in kinds for name in kind.parameters)
 
 
 def _merged(claim: dict, beside: dict) -> dict:

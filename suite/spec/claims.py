@@ -27,7 +27,7 @@ from typing import Any
 
 from suite.errors import TaskError
 from suite.spec.claim_library import strange_defaults, written_out
-from suite.spec.strict_yaml import read_yaml
+from suite.spec.strict_yaml import view_yaml
 
 OF_THE_CLAIM = ("about", "statement", "kind", "paper")
 INTERVAL = {"method": "student_t", "level": 0.90, "unit": "seed"}
@@ -193,7 +193,7 @@ def _paper(said: Any, place: Place, folder: Path) -> Any:
     given = {"baseline": said} if isinstance(said, str) else said
     if not isinstance(given, dict) or not isinstance(given.get("baseline"), str):
         return given  # Task says what is wrong with it
-    ledger, problems = read_yaml(folder.parent / "baselines" / "paper.yaml")
+    ledger, problems = view_yaml(folder.parent / "baselines" / "paper.yaml")
     if problems:
         raise Refused(*problems)
     entry, (name, *inner) = ledger, given["baseline"].split(".")

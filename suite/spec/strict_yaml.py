@@ -67,6 +67,12 @@ def read_yaml(path: str | Path) -> tuple[object, list[TaskError]]:
 
     Raises nothing for bad content; OSError (no such file, no permission) becomes an error in the list as well.
     """
+    value, errors = view_yaml(path)
+    return copy.deepcopy(value), list(errors)
+
+
+def view_yaml(path: str | Path) -> tuple[object, list[TaskError]]:
+    """As `read_yaml`, of what is read again and again: the value is shared with everybody else who asks. Change nothing."""
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
             return None, [TaskError(path, "(file)", "a folder, pipe or device", "a regular file")]
@@ -74,11 +80,10 @@ def read_yaml(path: str | Path) -> tuple[object, list[TaskError]]:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as problem:  # ValueError: a name with NUL in it
         return None, [TaskError(path, "(file)", getattr(problem, "strerror", None) or str(problem), "a readable YAML file")]
-    value, errors = _read_bytes(data, str(path))
-    return copy.deepcopy(value), list(errors)
+    return _read_bytes(data, str(path))
 
 
-@lru_cache(maxsize=128)  # by content: blocks and compared tasks are read again and again, and nothing here can be stale
+@lru_cache(maxsize=512)  # by content: blocks and compared tasks are read again and again, and nothing here can be stale
 def _read_bytes(data: bytes, path: str) -> tuple[object, list[TaskError]]:
     if len(data) > MAX_BYTES:
         return None, [TaskError(path, "(file)", f"over {MAX_BYTES} bytes", f"at most {MAX_BYTES} bytes")]

@@ -3,14 +3,14 @@
 import math
 
 from suite.errors import TaskError
-from suite.spec.strict_yaml import read_yaml
+from suite.spec.strict_yaml import view_yaml
 from suite.spec.task import Claim, Task, base_folder
 
 
 def paper_errors(task: Task, claim: Claim) -> list[TaskError]:
     """The dotted key must exist in baselines/paper.yaml, and a value must be the one that stands there."""
     path = base_folder(task.file).parent.parent / "baselines" / "paper.yaml"
-    value, problems = read_yaml(path)
+    value, problems = view_yaml(path)
     if problems:
         return problems
     for part in claim.paper.baseline.split("."):
