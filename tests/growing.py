@@ -1,11 +1,12 @@
 """A protocol without engines for the tests of interrupts: parts that are known beforehand, one after the other."""
 
+import dataclasses
 import sys
 import time
 
 from suite.cli.main import main as cli
 from suite.cli import verbs
-from suite.protocols import run as protocols
+from suite.spec.kinds import KINDS
 
 NUM_PARTS, SECONDS = 40, 0.02
 
@@ -24,7 +25,8 @@ def run(cells, session) -> None:
 
 
 def main(words: list[str]) -> int:
-    protocols.MODULES["offline_mismatch"] = "growing"
+    name = "offline_mismatch"
+    KINDS[name] = dataclasses.replace(KINDS[name], module="growing")
     verbs._check_machine = lambda task, args: None
     return cli.main(words)
 

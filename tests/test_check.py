@@ -209,7 +209,7 @@ def test_the_task_of_a_check_is_valid_and_says_what_was_chosen(tmp_path, model):
     task = made(model, Options(("bf16", "fp16", "fp32"), None, 2, 16, (4, 7), "hf", "eager"), tmp_path)
     file = tmp_path / f"{task['id']}.yaml"
     file.write_text(template.as_text(task, file, tmp_path))
-    read = require_valid(load_task(file))
+    read = require_valid(load_task(file)).task
     assert list(read.arms) == ["bf16", "fp16", "fp32"] and read.seeds == (4, 7) and read.settings["rollout"]["engine"] == "hf"
     assert read.settings["rollout"]["max_model_len"] == 3 + 16 and read.settings["train"]["attention"] == "eager"
     ratios = [claim.id for claim in read.claims if "-over-" in claim.id]

@@ -34,6 +34,14 @@ CONTROL = {
 }
 
 
+SETTINGS = {
+    "model": {"family": "qwen2", "sha256": "a" * 64},
+    "data": {"id": "sums", "template": "desk"},
+    "rollout": {"engine": "hf", "samples_per_prompt": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 64},
+    "train": {"engine": "dense", "score_batch_size": 4},
+}
+
+
 def make_task(controls=(), grid=None, protocol="offline_mismatch", **grade):
     text = json.dumps(
         {
@@ -44,8 +52,9 @@ def make_task(controls=(), grid=None, protocol="offline_mismatch", **grade):
             "tier": "desk",
             "title": "an example",
             "protocol": protocol,
+            **SETTINGS,
             "claims": [{"id": "C1-k3-ratio", "about": "C1", "statement": "fp16 shrinks the gap", "kind": "ratio"}],
-            "arms": {"bf16": {}, "fp16": {}, "fp32": {}},
+            "arms": {name: {"precision": {"rollout": name, "train": name}} for name in ("bf16", "fp16", "fp32")},
             "vary": ["precision.rollout", "precision.train"],
             "grid": grid or {},
             "seeds": [0, 1, 2],

@@ -18,13 +18,14 @@ from test_dump import CONTROL, make_rows, make_task, runs_of, write
 from suite.dumps import dump
 from suite.dumps import files as dump_files
 from suite.errors import UserError
+from suite.spec.task import deep_merge
 
 PLANNED = {"data": {"num_prompts": 4}, "rollout": {"samples_per_prompt": 3}}
 
 
 def planned_task(*args, **kwargs):
     task = make_task(*args, **kwargs)
-    return type(task).model_validate_json(json.dumps(json.loads(task.model_dump_json(by_alias=True)) | PLANNED))
+    return type(task).model_validate_json(json.dumps(deep_merge(json.loads(task.model_dump_json(by_alias=True)), PLANNED)))
 
 
 def refused(tmp_path, rows, task=None):

@@ -12,7 +12,7 @@ import pytest
 from suite.machine import doctor, environment
 from suite.machine.doctor import can_run
 from suite.machine.environment import cpu_facts, fingerprint, parse_gpus, visible_gpus
-from suite.spec.plan import Cell
+from suite.spec.plan import Cell, ResolvedTask
 
 A100 = {"name": "NVIDIA A100-SXM4-80GB", "memory_gib": 79.2, "driver": "570.1", "compute_capability": "8.0"}
 LAPTOP = {
@@ -43,12 +43,8 @@ def task(gpus=8, gib=80, nodes=1, disk=0, cpu_ok=False, protocol="offline_mismat
     plain = {"rollout": {"engine": engine}, "train": {"engine": trainer}, "precision": {"rollout": "bf16"}, "schedule": {}}
     other = {section: values | arm.get(section, {}) for section, values in plain.items()}
     cells = [Cell("a-task", 1, name, (), 0, settings) for name, settings in (("bf16", plain), ("bf16-other", other))]
-    return SimpleNamespace(id="a-task", tier="paper", protocol=protocol, resources=resources, cells=cells)
-
-
-@pytest.fixture(autouse=True)
-def planned(monkeypatch):
-    monkeypatch.setattr(doctor, "plan", lambda task: task.cells)
+    named = SimpleNamespace(id="a-task", tier="paper", protocol=protocol, resources=resources)
+    return ResolvedTask(named, tuple(cells), {})
 
 
 def test_fingerprint_names_device_sampler_and_torch():
@@ -119,8 +115,8 @@ def test_engines_and_disk_are_asked_for_where_the_task_needs_them():
 
 @pytest.mark.parametrize(("settings", "named"), [
     ({"train": {"parallel": {"data": 8}}}, "train.parallel (data 8)"),
-    ({"train": {"parallel": {"data": 8, "tensor": 2}}, "schedule": {"steps": 5}}, "train.parallel (tensor 2)"),
-    ({"train": {"engine": "moe", "parallel": {"data": 8, "expert": 8}}, "schedule": {"steps": 5}}, "train.parallel (expert 8)"),
+    ({"train": {"parallel": {"data": 8, "tensor": 2}}, "protocol": "rl"}, "train.parallel (tensor 2)"),
+    ({"train": {"engine": "moe", "parallel": {"data": 8, "expert": 8}}, "protocol": "rl"}, "train.parallel (expert 8)"),
     ({"precision": {"kv_cache": "fp16"}}, "precision.kv_cache (fp16)"),
 ])  # fmt: skip
 def test_a_setting_that_would_be_ignored_is_refused_even_if_one_arm_alone_has_it(settings, named):
@@ -128,7 +124,7 @@ def test_a_setting_that_would_be_ignored_is_refused_even_if_one_arm_alone_has_it
 
 
 def test_settings_that_ask_for_nothing_special_are_no_request():
-    assert can_run(task(gpus=0, train={"parallel": {"data": 8, "tensor": 1}}, schedule={"steps": 5}, precision={"kv_cache": "bf16"}), LAPTOP) is None
+    assert can_run(task(gpus=0, protocol="rl", train={"parallel": {"data": 8, "tensor": 1}}, precision={"kv_cache": "bf16"}), LAPTOP) is None
 
 
 def test_a_cache_of_8_bits_needs_a_gpu_or_avx512_and_the_reason_says_so():

@@ -10,7 +10,7 @@ from suite.machine import doctor
 from suite.machine.hours import CARDS, gpu_hours, seconds_per_step
 from suite.machine.memory import FITS, GIB, REST_GIB, need_of, num_ranks, sampler_parts, trainer_parts, why_not
 from suite.spec.checkout import find_repo
-from suite.spec.plan import Cell
+from suite.spec.plan import Cell, ResolvedTask
 from suite.spec.shapes import SHAPES, Shape, shape_of
 from suite.spec.validate_trainer import trainer_errors
 
@@ -150,11 +150,10 @@ def test_the_parts_add_up_to_the_whole():
 
 def task(cells, gpus=8, nodes=1, gib=80, cpu_ok=False):
     resources = SimpleNamespace(gpus=gpus, nodes=nodes, gpu_mem_gib=gib, cpu_ok=cpu_ok, disk_gib=0)
-    return SimpleNamespace(id="a-task", file="a.yaml", protocol="rl", resources=resources, cells=cells)
+    return ResolvedTask(SimpleNamespace(id="a-task", file="a.yaml", protocol="rl", resources=resources), tuple(cells), {})
 
 
-def test_doctor_names_the_first_cell_of_every_need_that_does_not_fit(monkeypatch):
-    monkeypatch.setattr(doctor, "plan", lambda task: task.cells)
+def test_doctor_names_the_first_cell_of_every_need_that_does_not_fit():
     wide = {"gpu_memory_utilization": 0.9}
     cells = [cell(), cell(rollout=wide), cell(rollout=wide, precision="fp16"), cell(rollout=wide, precision="fp32")]
     reason = doctor.memory_reason(task(cells))
@@ -172,28 +171,28 @@ def test_doctor_names_the_first_cell_of_every_need_that_does_not_fit(monkeypatch
     ({"data": 8, "expert": 3}, 8, 1, "expert", 3, "a divisor of train.parallel.data, 8"),
 ])
 def test_a_layout_that_does_not_divide_is_refused(parallel, gpus, nodes, key, found, allowed):
-    errors = trainer_errors(task([], gpus, nodes), [cell(train={"parallel": parallel, "engine": "moe"}, model=R1D)])
+    errors = trainer_errors(task([], gpus, nodes).task, [cell(train={"parallel": parallel, "engine": "moe"}, model=R1D)])
     error = errors[f"train.parallel.{key}"]
     assert error.found == found and error.allowed.startswith(allowed)
 
 
 def test_experts_are_dealt_out_whole():
     moe = {"engine": "moe", "parallel": {"data": 48, "expert": 48}}
-    error = trainer_errors(task([], 48), [cell("Qwen/Qwen3-30B-A3B-Base", train=moe)])["train.parallel.expert"]
+    error = trainer_errors(task([], 48).task, [cell("Qwen/Qwen3-30B-A3B-Base", train=moe)])["train.parallel.expert"]
     assert error.allowed == "a divisor of the 128 experts of the model"
 
 
 def test_a_layout_that_divides_is_let_through():
     for parallel, gpus in (({"data": 8}, 8), ({"data": 4, "tensor": 2}, 8), (None, 1)):
-        assert trainer_errors(task([], gpus), [cell(train={"parallel": parallel})]) == {}
+        assert trainer_errors(task([], gpus).task, [cell(train={"parallel": parallel})]) == {}
     assert num_ranks(cell(train={"parallel": {"data": 4, "tensor": 2, "expert": 2}})) == 8
 
 
 def test_the_lines_that_start_the_ranks_name_them_all():
-    assert launch_lines(task([], 8), [cell()]) == ["start: torchrun --standalone --nproc-per-node 8 -m suite run a-task"]
-    (line,) = launch_lines(task([], 8, 8), [cell(train={"parallel": {"data": 64}})])
+    assert launch_lines(task([], 8).task, [cell()]) == ["start: torchrun --standalone --nproc-per-node 8 -m suite run a-task"]
+    (line,) = launch_lines(task([], 8, 8).task, [cell(train={"parallel": {"data": 64}})])
     assert line.startswith("start: srun --nodes 8 --ntasks-per-node 1 torchrun --nnodes 8 --nproc-per-node 8 ")
-    assert launch_lines(task([], 1), [cell(train={"parallel": None})]) == ["start: suite run a-task"]
+    assert launch_lines(task([], 1).task, [cell(train={"parallel": None})]) == ["start: suite run a-task"]
 
 
 def test_needs_that_are_the_same_are_shown_once():

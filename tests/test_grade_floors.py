@@ -13,7 +13,7 @@ from suite.grade.judge import num_pairs
 from suite.grade.launches import Launch
 from suite.grade.verdict import grade_task
 from suite.measure import stats
-from suite.spec.estimands import estimands_of
+from suite.spec.kinds import KINDS
 from suite.spec.task import load_all
 from suite.spec.validate_controls import guard_errors, margin_of, unguarded
 
@@ -205,5 +205,5 @@ def grade_of(text: str):
 
 
 def test_a_task_without_a_trainer_has_no_mismatch_to_name():
-    assert "k3_nats_per_token" not in estimands_of("offline_accuracy") and "reward_mean" in estimands_of("offline_accuracy")
-    assert "grad_norm" not in estimands_of("offline_mismatch") and "grad_norm" in estimands_of("rl")
+    assert "k3_nats_per_token" not in KINDS["offline_accuracy"].estimands and "reward_mean" in KINDS["offline_accuracy"].estimands
+    assert "grad_norm" not in KINDS["offline_mismatch"].estimands and "grad_norm" in KINDS["rl"].estimands

@@ -14,6 +14,7 @@ from suite.cli.main import main as cli
 from suite.errors import UserError, WorkersFailed
 from suite.machine.processes import Place, deal, places, run_workers
 from suite.record.run import read_metrics
+from suite.spec.kinds import KINDS, kind_of
 from suite.spec.plan import Cell, plan
 from suite.spec.task import load_task
 
@@ -54,19 +55,20 @@ resources: {gpus: 0, gpu_mem_gib: 0, disk_gib: 1, cpu_ok: true}
 
 @pytest.mark.parametrize(("num", "sizes"), [(1, [7]), (2, [3, 4]), (3, [2, 2, 3]), (7, [1] * 7), (9, [1] * 7)])
 def test_every_cell_is_dealt_once_in_order(num, sizes):
-    blocks = deal(CELLS, num)
+    blocks = deal(CELLS, num, KINDS["offline_mismatch"])
     assert [len(block) for block in blocks] == sizes
     assert [cell for block in blocks for cell in block] == CELLS
 
 
 def test_cells_that_share_rollouts_stay_together_and_samplers_are_neighbours():
     pairs = [cell(0, "fp32", 0), cell(1, "bf16", 0), cell(2, "fp32", 1), cell(3, "fp32", 0), cell(4, "bf16", 1)]
-    assert [[one.arm for one in block] for block in deal(pairs, 2)] == [["c0", "c3", "c2"], ["c1", "c4"]]
+    assert [[one.arm for one in block] for block in deal(pairs, 2, KINDS["offline_mismatch"])] == [["c0", "c3", "c2"], ["c1", "c4"]]
     alike = [cell(number, "bf16", 0, steps=3) for number in range(4)]  # RL: the same seed, but runs of their own
-    assert [len(block) for block in deal(alike, 4)] == [1, 1, 1, 1]
+    assert [len(block) for block in deal(alike, 4, KINDS["rl"])] == [1, 1, 1, 1]
     for name, num in (("desk-precision-matrix", 3), ("desk-sanity-grpo", 2), ("desk-offline-mismatch", 4)):
-        cells = plan(load_task(name))
-        blocks = deal(cells, num)
+        task = load_task(name)
+        cells = plan(task)
+        blocks = deal(cells, num, kind_of(task))
         assert sorted(one.name for block in blocks for one in block) == sorted(one.name for one in cells)
         assert len(blocks) == num and max(map(len, blocks)) <= 1.5 * len(cells) / num
 
@@ -90,7 +92,7 @@ def stub(tmp_path, body: str) -> str:
 
 def test_a_launcher_starts_every_worker_with_its_cells_and_lines_are_passed_on(tmp_path, capfd):
     launcher = stub(tmp_path, "print(len(sys.argv), sys.argv[-6:-1], names, os.environ.get('MARK'), file=sys.stderr)")
-    run_workers(deal(CELLS, 2), [Place(env={"MARK": m}) for m in "ab"], ["t", "--limit", "2"], launcher=launcher)
+    run_workers([CELLS[:3], CELLS[3:]], [Place(env={"MARK": m}) for m in "ab"], ["t", "--limit", "2"], launcher=launcher)
     said = sorted(capfd.readouterr().err.splitlines())
     assert said == [
         "[worker 0] 10 ['run', 't', '--limit', '2', '--cell'] ['c0', 'c1', 'c2'] a",
@@ -102,13 +104,13 @@ def test_one_failing_worker_is_told_and_the_others_finish_first(tmp_path, monkey
     monkeypatch.setattr("suite.machine.processes.GRACE_SECONDS", 0)
     body = f"time.sleep(0.5 * ('c6' in names)); open({str(tmp_path)!r} + '/' + names[0], 'w'); sys.exit(11 * ('c0' in names))"
     with pytest.raises(WorkersFailed, match=r"worker 0 \(exit 11\) of 2 failed") as problem:
-        run_workers(deal(CELLS, 2), [Place()] * 2, [], launcher=stub(tmp_path, body))
+        run_workers([CELLS[:3], CELLS[3:]], [Place()] * 2, [], launcher=stub(tmp_path, body))
     assert problem.value.code == 11 and (tmp_path / "c3").exists()
 
 
 def test_workers_that_end_differently_are_an_error(tmp_path):
     with pytest.raises(WorkersFailed) as problem:
-        run_workers(deal(CELLS, 2), [Place()] * 2, [], launcher=stub(tmp_path, "sys.exit(12 if 'c0' in names else 1)"))
+        run_workers([CELLS[:3], CELLS[3:]], [Place()] * 2, [], launcher=stub(tmp_path, "sys.exit(12 if 'c0' in names else 1)"))
     assert problem.value.code == 11
 
 
@@ -124,7 +126,7 @@ from suite.machine import processes as launch
 from test_launch import CELLS, SLEEPER, stub
 launch.GRACE_SECONDS = 1
 folder = Path(sys.argv[1])
-launch.run_workers(launch.deal(CELLS, 2), [launch.Place()] * 2, [], launcher=stub(folder, SLEEPER.format(folder=str(folder / "pids"))))
+launch.run_workers([CELLS[:3], CELLS[3:]], [launch.Place()] * 2, [], launcher=stub(folder, SLEEPER.format(folder=str(folder / "pids"))))
 """
 
 

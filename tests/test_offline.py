@@ -17,12 +17,14 @@ from small_models import ROLLOUT, TRAIN  # noqa: E402
 from test_record import OneTask  # noqa: E402
 
 from suite.errors import NotRunnable, UserError  # noqa: E402
+from suite.measure.mismatch import SAMPLED_COLUMNS  # noqa: E402
 from suite.protocols import offline  # noqa: E402
 from suite.protocols.session import Session  # noqa: E402
 from suite.record.evidence import flat  # noqa: E402
 from suite.record.manifest import check_manifest  # noqa: E402
 from suite.record.run import Run, find_runs, read_evidence  # noqa: E402
 from suite.record.writer import open_run  # noqa: E402
+from suite.spec.kinds import KINDS  # noqa: E402
 from suite.spec.plan import Cell  # noqa: E402
 from suite.spec.precision import unsaid_points  # noqa: E402
 
@@ -72,7 +74,7 @@ def test_one_load_of_vllm_serves_every_seed_and_trainer_of_a_sampler_precision(t
     assert loads == ["fp32"] and all(one.status == "success" for one in found.values())
     for one in found.values():
         executed = one.record["precision_executed"]
-        assert unsaid_points("offline_mismatch", executed) == [] and executed["sampler_engine"] == "vllm"
+        assert unsaid_points(KINDS["offline_mismatch"].must_say, executed) == [] and executed["sampler_engine"] == "vllm"
         assert one.record["weights"]["sha256"] and one.record["series_summary"]["k3_nats_per_token"] > 0
 
 
@@ -138,6 +140,8 @@ def test_cells_that_differ_in_the_trainer_alone_share_their_rollouts(tmp_path):
 def test_an_accuracy_run_has_no_trainer_and_reports_no_mismatch(tmp_path):
     found = run(tmp_path, cells(("fp16",), (0,)), protocol="offline_accuracy")["fp16.s0"]
     assert set(found.record["series_summary"]) == {"response_tokens_mean", "reward_mean", "truncated_share"}
+    evidence = read_evidence(found.folder)
+    assert evidence["trainer_logprobs"].null_count == evidence.num_rows > 0 and tuple(found.summary) == SAMPLED_COLUMNS
     assert "k3_nats_per_token" not in found.metrics[0] and "compute" not in found.record["precision_executed"]
 
 

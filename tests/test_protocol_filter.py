@@ -10,6 +10,7 @@ import pytest
 from suite.engines.batch import Request, Rollout, request_seed
 from suite.errors import DataError, NotRunnable
 from suite.grade.verdict import grade_task
+from suite.measure.mismatch import SAMPLED_COLUMNS
 from suite.problems.data import load_prompts
 from suite.problems.desk import TEMPLATE_END
 from suite.problems.kept import KeptProblem, in_band, problem_texts, read_kept, write_kept
@@ -17,7 +18,7 @@ from suite.protocols import filter
 from suite.protocols.engine_pool import reward_pool
 from suite.protocols.session import Session
 from suite.record.manifest import check_manifest
-from suite.record.run import read_run
+from suite.record.run import read_evidence, read_run
 from suite.record.writer import open_run
 from suite.spec.plan import plan
 from suite.spec.task import find_repo, load_task
@@ -95,6 +96,7 @@ def test_the_band_is_kept_with_both_of_its_ends(tmp_path, cell):
     assert (found["num_problems"], found["num_kept"], found["kept_share"]) == (7, 3, pytest.approx(3 / 7))
     assert found["accuracy_of_kept"] == pytest.approx(0.5) and found["reward_mean"] == pytest.approx(20 / 40)
     assert "num_overlap" not in found and check_manifest(run.folder) == []
+    assert read_evidence(run.folder)["trainer_logprobs"].null_count == 7 * 40 and tuple(run.summary) == SAMPLED_COLUMNS
 
 
 def test_a_killed_filter_goes_on_and_keeps_the_same_set(tmp_path, cell):

@@ -6,8 +6,9 @@ import pytest
 
 from suite.cli.main import main as cli
 from suite.protocols.rehearse import rehearsal
+from suite.spec.kinds import kind_of
 from suite.spec.plan import plan
-from suite.spec.settings import REQUIRED, Settings
+from suite.spec.settings import Settings
 from suite.spec.task import load_all, load_task
 
 TASKS = load_all()
@@ -22,7 +23,7 @@ def test_a_rehearsal_keeps_what_a_task_is_about_and_cuts_the_rest_down(name):
     for whole in plan(task):
         cell = cells[whole.arm, str(whole.point)]
         settings = Settings.model_validate_json(json.dumps(cell.settings), strict=True).model_dump(mode="json")
-        assert all(cell.get(path) is not None for path in REQUIRED[task.protocol] if path != "model.sha256")
+        assert all(cell.get(path) is not None for path in kind_of(task).required if path != "model.sha256")
         for kept in ("precision", "algorithm", "train.lora", "train.optimizer", "train.gradient_checkpointing", "train.routing_replay", "rollout.stop"):
             assert cell.get(kept, None) == whole.get(kept, None), kept
         assert settings["model"]["path"].startswith("baselines/desk/") and settings["rollout"]["max_tokens"] <= 192

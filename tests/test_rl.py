@@ -27,6 +27,7 @@ from suite.protocols.session import Session  # noqa: E402
 from suite.record.evidence import whole_rows  # noqa: E402
 from suite.record.run import Run, find_runs, read_evidence, read_metrics  # noqa: E402
 from suite.record.writer import open_run  # noqa: E402
+from suite.spec.kinds import KINDS  # noqa: E402
 from suite.spec.plan import Cell  # noqa: E402
 from suite.spec.precision import contract_breaches, unsaid_points  # noqa: E402
 from suite.spec.task import find_repo  # noqa: E402
@@ -333,7 +334,7 @@ def test_vllm_dying_in_mid_run_leaves_a_failed_run_that_resumes_and_says_what_it
     assert result.status == "success" and [row["step"] for row in result.metrics] == [0, 1, 2]
     assert series(result)[0] == series(dead)[0], "the complete step is not repeated"
     executed = result.record["precision_executed"]
-    assert contract_breaches(SETTINGS["precision"], executed) == [] == unsaid_points("rl", executed)
+    assert contract_breaches(SETTINGS["precision"], executed) == [] == unsaid_points(KINDS["rl"].must_say, executed)
     assert executed["sampler_engine"] == "vllm" and executed["gradient_reduction"] == executed["optimizer_state"] == "fp32"
     assert "linear" in executed["sampler_products"] or "onednn" in executed["sampler_products"]
     assert result.record["algorithm"]["name"] == "GRPO" and len(result.record["weights"]["sha256"]) == 64

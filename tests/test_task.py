@@ -421,7 +421,8 @@ def test_names_of_a_task_that_runs_no_engine_are_checked_as_well(checkout):
 
 def test_the_tasks_that_a_comparison_needs_are_read_once_each(checkout, monkeypatch):
     reads = []
-    monkeypatch.setattr("suite.spec.validate.read_task", lambda path: reads.append(path.stem) or read_task(path))
+    for module in ("validate", "plan"):
+        monkeypatch.setattr(f"suite.spec.{module}.read_task", lambda path: reads.append(path.stem) or read_task(path))
     checkout()
     claims = "".join(f"  - {{id: C1-{i}, about: C1, statement: s, kind: report}}\n" for i in range(9))
     grades = "".join(f"  C1-{i}: {{estimand: k3_nats_per_token, contrast: {{arm: tiny-bf16}}}}\n" for i in range(9))

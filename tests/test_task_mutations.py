@@ -16,7 +16,7 @@ import yaml
 
 from suite.cli.main import main
 from suite.cli.show import print_task, summary
-from suite.spec.plan import plan
+from suite.spec.plan import resolve_task
 from suite.spec.task import read_task
 from suite.spec.validate import validate_file
 
@@ -106,7 +106,8 @@ def outcome(path: Path) -> str:
     task, found, _ = read_task(path)
     if task is not None and not found:
         try:
-            print_task(task), plan(task), json.dumps(summary(task))
+            resolved = resolve_task(task)
+            print_task(resolved), json.dumps(summary(resolved))
         except Exception as problem:
             assert errors and type(problem).__name__ == "TaskErrors", problem
     assert time.process_time() - started < CPU_SECONDS

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from suite.door import read_parquet
 from suite.files import write_parquet
 from suite.measure.bins import bin_sums, token_property
-from suite.record.evidence import flat, num_response_tokens, whole_rows
+from suite.record.evidence import flat, is_scored, num_response_tokens, whole_rows
 
 NUM_TAIL_TOKENS, NUM_TOKENS, NUM_SEQUENCES = 500, 3000, 4000
 SAMPLE_SEED = 2510_26788
@@ -48,8 +48,10 @@ _COLUMNS = {
 
 
 def plot_points(evidence: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Points and bins of all evidence parts in a folder, read part by part (points_of)."""
-    return points_of(_read_part(part) for part in sorted(evidence.glob("part-*.parquet")))
+    """Points and bins of all evidence parts in a folder, read part by part (points_of); {} of evidence that no trainer
+    scored: it has no pi."""
+    parts = sorted(evidence.glob("part-*.parquet"))
+    return points_of(map(_read_part, parts)) if parts and all(map(_is_scored, parts)) else {}
 
 
 def points_of(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
@@ -76,6 +78,11 @@ def points_of(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
         "token": _token_columns(tokens),
         "sequence": {"num_tokens": sequences[:, 0].astype(int), "seq_log_ratio": sequences[:, 1]},
     } | {kind: _bin_columns(bins[kind], edges) for kind, (_, edges) in BINNED.items() if bins[kind].any()}
+
+
+def _is_scored(path: Path) -> bool:
+    columns = {"trainer_logprobs", "sum_k3"} & set(pq.read_schema(path).names)  # the latter where rows were thinned
+    return is_scored(pq.read_table(path, columns=sorted(columns)))
 
 
 def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

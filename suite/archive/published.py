@@ -26,6 +26,7 @@ from suite.door import (
     Listing,
     json_lines,
     look_through,
+    open_parquet,
     parse_json,
     printable,
     read_bytes,
@@ -35,7 +36,7 @@ from suite.door import (
 )
 from suite.errors import UserError
 from suite.files import sha256_file
-from suite.measure.mismatch import COUNTS, PROMPT_SUM_COLUMNS
+from suite.measure.mismatch import COUNTS, PROMPT_SUM_COLUMNS, SAMPLED_COLUMNS, is_scored
 from suite.record.run import RECORD_SCHEMA, Run
 
 MANIFEST, VERDICT, RECORD = "MANIFEST.sha256", "verdict.json", "record.json"
@@ -173,11 +174,15 @@ def read_series(path: Path) -> list[dict]:
 
 
 def read_sums(path: Path) -> dict[str, np.ndarray] | None:
-    """The sums per prompt (mismatch.PROMPT_SUM_COLUMNS), None where there is no such file."""
+    """The sums per prompt (mismatch.PROMPT_SUM_COLUMNS, of rollouts that no trainer scored SAMPLED_COLUMNS), None where there
+    is no such file."""
     if not exists(path):
         return None
-    fits = {name: pa.types.is_floating for name in PROMPT_SUM_COLUMNS} | {name: pa.types.is_integer for name in COUNTS}
-    table = read_parquet(path, fits | {"prompt_id": pa.types.is_string}, max_rows=1_000_000)
+    types = {name: pa.types.is_floating for name in PROMPT_SUM_COLUMNS} | dict.fromkeys(COUNTS, pa.types.is_integer)
+    with open_parquet(path) as parquet:
+        columns = PROMPT_SUM_COLUMNS if is_scored(parquet.schema_arrow.names) else SAMPLED_COLUMNS
+    fits = {name: types[name] for name in columns} | {"prompt_id": pa.types.is_string}
+    table = read_parquet(path, fits, max_rows=1_000_000)
     for name in table.column_names:
         if table[name].null_count:
             raise FileError(path, name, f"{table[name].null_count} empty values", "one in every row")

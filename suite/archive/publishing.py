@@ -23,6 +23,8 @@ from suite.archive.scrubbing import scrub, scrub_record
 from suite.files import json_safe, write_atomic, write_json
 from suite.record.manifest import write_manifest
 from suite.record.run import FINISHED, STATUSES, Run, find_runs, read_metrics
+from suite.spec.kinds import kind_of
+from suite.spec.plan import resolve_task
 
 # Whatever was begun: a launch that failed or was killed is seen by whoever grades, and hiding it would be choosing.
 PUBLISHED_STATUSES = tuple(status for status in STATUSES if status != "planned")
@@ -34,7 +36,7 @@ def publish_task(task, runs_dir: Path, results_dir: Path) -> list[Path]:
         folder = results_dir / task.id / run.fingerprint
         _drop_other_versions(folder, task.version)
         _publish_run(run, folder)
-    if task.protocol == "compare":
+    if kind_of(task).compares:
         return _publish_comparison(task, results_dir)
     folders = sorted(path for path in (results_dir / task.id).glob("*") if path.is_dir())
     return [folder for folder in folders if _seal(task, folder)]
@@ -54,8 +56,9 @@ def compute_verdict(task, fingerprint: str, results_dir: Path, runs: list[Run] |
     """The verdict of a task on one fingerprint, from published records alone. runs: those of the task, if read already."""
     from suite.grade.verdict import grade_task, with_needed
 
-    runs = published_runs(results_dir, task.id, fingerprint) if runs is None else runs
-    return grade_task(task, runs, with_needed(task, lambda name: published_runs(results_dir, name, fingerprint)))
+    resolved = resolve_task(task)
+    runs = published_runs(results_dir, resolved.task.id, fingerprint) if runs is None else runs
+    return grade_task(resolved, runs, with_needed(resolved, lambda name: published_runs(results_dir, name, fingerprint)))
 
 
 def _publishable(task, runs_dir: Path) -> list[Run]:
@@ -85,8 +88,8 @@ def _publish_run(run: Run, folder: Path) -> Path:
     write_atomic(target / "metrics.jsonl.gz", _zipped_metrics(run.folder))
     if run.summary is not None:
         shutil.copyfile(run.folder / "evidence_summary.parquet", target / "evidence_summary.parquet")
-    if any((run.folder / "evidence").glob("part-*.parquet")):
-        write_points(target / "plot_points.parquet", plot_points(run.folder / "evidence"))
+    if points := plot_points(run.folder / "evidence"):
+        write_points(target / "plot_points.parquet", points)
     write_json(target / "record.json", record)  # last: a folder without it is not a published run
     return target
 

@@ -41,7 +41,8 @@ from suite.archive.views import contradictions
 from suite.door import FileError, look_through, printable, read_bytes, read_json
 from suite.errors import UserError
 from suite.record.run import Run
-from suite.spec.plan import plan
+from suite.spec.kinds import kind_of
+from suite.spec.plan import ResolvedTask, resolve_task
 
 RELATIVE_TOLERANCE = 1e-9
 GRADED_BY = ("suite", "version")  # which version of the suite graded: may differ, the numbers may not
@@ -160,19 +161,20 @@ def examine(folder: Path, tasks: Mapping) -> Verified:
         if published is not None and published[key] != now:
             what = "run and publish" if key == "task_version" else "publish"
             return Verified([folder], [*differences, f"{path}: stale: {key} {published[key]}, the task is at {now}; {what} it again"])
-    runs, lines, remarks = _examine_runs(folder, task, broken)
+    resolved = resolve_task(task)
+    runs, lines, remarks = _examine_runs(folder, resolved, broken)
     differences += lines
     if judged := sorted(name for name in broken if name.rsplit("/", 1)[-1] in JUDGED):
         differences.append(f"{path}: not recomputed, since {len(judged)} files behind it are not to be believed, such as {judged[0]}")
     elif published is not None and runs is not None:
-        differences += _verdict_differences(path, task, published, runs)
+        differences += _verdict_differences(path, resolved, published, runs)
     return Verified([folder], differences, remarks)
 
 
-def _verdict_differences(path: Path, task, published: dict, runs: list[Run]) -> list[str]:
+def _verdict_differences(path: Path, resolved: ResolvedTask, published: dict, runs: list[Run]) -> list[str]:
     try:
         with records_of(path.parent):
-            computed = json.loads(json.dumps(compute_verdict(task, path.parent.name, path.parents[2], runs)))
+            computed = json.loads(json.dumps(compute_verdict(resolved, path.parent.name, path.parents[2], runs)))
     except UserError as problem:
         return [f"{path}: cannot be recomputed: {problem}"]
     for verdict in (published, computed):
@@ -181,9 +183,9 @@ def _verdict_differences(path: Path, task, published: dict, runs: list[Run]) -> 
     return [f"{path}: {line}" for line in compare(published, computed)]
 
 
-def _examine_runs(folder: Path, task, broken: set[str]) -> tuple[list[Run] | None, list[str], list[str]]:
+def _examine_runs(folder: Path, resolved: ResolvedTask, broken: set[str]) -> tuple[list[Run] | None, list[str], list[str]]:
     """(the runs, or None where one cannot be read; what is wrong with them; remarks)."""
-    cells = {cell.name: cell for cell in plan(task)}
+    task, cells = resolved.task, {cell.name: cell for cell in resolved.cells}
     runs, lines, whole = [], [], True
     folders = run_folders(folder)
     for place in folders:
@@ -195,7 +197,7 @@ def _examine_runs(folder: Path, task, broken: set[str]) -> tuple[list[Run] | Non
             lines += [f"{place}: {line}" for line in untied(run, task, cells)]
             with records_of(place):
                 points = {} if f"{inside}/{POINTS}" in broken else read_points(place / POINTS) if exists(place / POINTS) else None
-                lines += [f"{place}: {line}" for line in contradictions(run, task.protocol, points)]
+                lines += [f"{place}: {line}" for line in contradictions(run, kind_of(task), points)]
         except UserError as problem:
             lines.append(str(problem))
             whole = whole and bool(runs) and runs[-1].folder == place

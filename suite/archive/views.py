@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from suite.measure.mismatch import estimates, totals_of
+from suite.measure.mismatch import estimates, is_scored, totals_of
 from suite.problems.kept import in_band
 from suite.record.run import FINISHED, Run
+from suite.spec.estimands import SAMPLER_ESTIMANDS, SCORING_ESTIMANDS
+from suite.spec.kinds import Kind
 
 # Sums in float64, added in another order: published records agree to 1e-12.
 TOLERANCE = 1e-8
@@ -33,24 +35,28 @@ ADDITIVE = {
     "truncated_share": ("num_truncated", "num_rollouts"),
     "reward_mean": ("sum_reward", "num_rollouts"),
 }
+PI_ALONE = SCORING_ESTIMANDS.keys() - SAMPLER_ESTIMANDS.keys()  # what only a trainer gives
 EXTREMES = {"prob_diff_max": max, "prob_diff_min": min, "seq_log_ratio_max": max, "seq_log_ratio_min": min,
             "seq_mult_prob_error_max": max}  # fmt: skip
-SCORED = ("offline_mismatch", "rl")  # protocols with a trainer
 
 
-def contradictions(run: Run, protocol: str, points: Mapping | None = None) -> list[str]:
+def contradictions(run: Run, kind: Kind, points: Mapping | None = None) -> list[str]:
     """Where the views of one finished run disagree, one sentence each.
 
     points: what points.read_points returns of its plot_points.parquet; None where there is none.
     """
     if run.status not in FINISHED:
         return []
-    if protocol == "dataset":
-        return list(_dataset(run))
+    if kind.evidence == "none":
+        return list(_dataset(run)) if "num_unique" in kind.estimands else []
     if run.summary is None:
         return ["no evidence_summary.parquet, which every finished run of this protocol has"]
-    parts = (_impossible(run.summary), _lines(run), _series(run, protocol), _counts(run), _amounts(run, protocol))
+    if kind.evidence == "scored" and not is_scored(run.summary):
+        return ["evidence_summary.parquet: sums of rollouts that no trainer scored, in a protocol whose trainer does"]
+    parts = (_impossible(run.summary), _lines(run), _series(run, kind), _counts(run), _amounts(run, kind))
     found = [line for part in parts for line in part]
+    if points is None and not is_scored(run.summary):  # without pi there is nothing to draw
+        return found
     if points is None:
         return [*found, "no plot_points.parquet, which every finished run with evidence has"]
     return found + list(_points(run.summary, points))
@@ -76,14 +82,15 @@ def _impossible(sums: Mapping[str, np.ndarray]) -> Iterator[str]:
     totals = totals_of(sums)
     rollouts, tokens = totals["num_rollouts"], totals["num_response_tokens"]
     for top, most in (("num_rewarded", rollouts), ("num_truncated", rollouts), ("num_out_of_band", tokens), ("sum_abs_prob_diff", tokens)):
-        if not 0 <= totals[top] <= most:
+        if top in totals and not 0 <= totals[top] <= most:
             yield f"evidence sums: {top} is {_shown(totals[top])}, allowed: 0 to {_shown(most)}"
     for name in ("sum_k2", "sum_k3", "sum_reverse_k3", "sum_reward2"):
-        if not (np.asarray(sums[name]) >= 0).all():
+        if name in sums and not (np.asarray(sums[name]) >= 0).all():
             yield f"evidence sums: {name} is negative for a prompt"
     if len(set(sums["prompt_id"])) != len(sums["prompt_id"]):
         yield "evidence sums: a prompt has two rows"
-    yield from _differ("evidence sums", totals["sum_k1"], "sum_k1", -totals["sum_seq_log_ratio"], "minus sum_seq_log_ratio")
+    if is_scored(sums):
+        yield from _differ("evidence sums", totals["sum_k1"], "sum_k1", -totals["sum_seq_log_ratio"], "minus sum_seq_log_ratio")
     yield from _differ("evidence sums", totals["sum_len_k"], "sum_len_k", tokens / 1000, "thousands of tokens")
     yield from _differ("evidence sums", totals["sum_reward"], "sum_reward", totals["sum_reward2"], "its squares (a reward is 0 or 1)")
 
@@ -104,6 +111,9 @@ def _lines(run: Run) -> Iterator[str]:
         values = [line.get(name) for line in lines]
         if name == "reward_mean" and totals["num_rewarded"] != totals["num_rollouts"] or not any(name in line for line in lines):
             continue
+        if column not in totals:
+            yield f"{name}: in metrics, of rollouts that no trainer scored"
+            continue
         pairs = [(value, count) for value, count in zip(values, weights[weight]) if count]
         if not all(_number(value) for value, _ in pairs):
             yield f"metrics: {name} is no number in a line with rollouts"
@@ -118,19 +128,21 @@ def _number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _series(run: Run, protocol: str) -> Iterator[str]:
+def _series(run: Run, kind: Kind) -> Iterator[str]:
     """The record's summary against the sums, and its extremes against those of the lines."""
     series, computed = run.record["series_summary"], estimates(run.summary)
     for name, value in computed.items():
         if name in series:
             yield from _differ(name, series[name], "series_summary says", value, "evidence sums give")
-        elif protocol in SCORED:
+        elif kind.has_trainer:
             yield f"{name}: not in series_summary"
+    if not is_scored(run.summary) and (unfounded := sorted(PI_ALONE & series.keys())):
+        yield f"{', '.join(unfounded)}: in series_summary, of rollouts that no trainer scored"
     for name, extreme in EXTREMES.items():
         values = [line.get(name) for line in run.metrics]
         if name in series and values and all(map(_number, values)):
             yield from _differ(name, series[name], "series_summary says", extreme(values), "metrics give")
-    if protocol == "filter":
+    if "num_kept" in kind.estimands:
         yield from _filter(run, series)
 
 
@@ -156,13 +168,13 @@ def _counts(run: Run) -> Iterator[str]:
         yield from _differ(name, run.record["counts"].get(name), "counts say", value, "the run has")
 
 
-def _amounts(run: Run, protocol: str) -> Iterator[str]:
+def _amounts(run: Run, kind: Kind) -> Iterator[str]:
     """As many steps, prompts and samples as the settings ask for."""
     settings, samples = run.record["cell"]["settings"], run.record["cell"]["settings"]["rollout"]["samples_per_prompt"]
     tokens, rollouts = run.summary["num_response_tokens"], run.summary["num_rollouts"]
     if (tokens > rollouts * settings["rollout"]["max_tokens"]).any():
         yield f"num_response_tokens: more than rollout.max_tokens ({settings['rollout']['max_tokens']}) a rollout"
-    if protocol == "rl":
+    if kind.trains:
         schedule = settings["schedule"]
         if run.status == "success":
             yield from _differ("steps", len(run.metrics), "metrics have", schedule["steps"], "schedule.steps is")

@@ -150,7 +150,7 @@ def write_task(model: Checkpoint, options: Options, source: str, runs_dir: Path,
     file = folder / f"{task['id']}.yaml"
     write_atomic(folder / template.PROMPTS, table)
     write_atomic(file, template.as_text(task, file, runs_dir).encode())
-    return require_valid(load_task(file))
+    return require_valid(load_task(file)).task
 
 
 def _tokenizer(model: Checkpoint):

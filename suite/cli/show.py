@@ -13,7 +13,7 @@ from suite.cli.layout import COLUMNS, print_layout
 from suite.errors import UserError
 from suite.grade.arms import arm_label
 from suite.grade.judge import short
-from suite.spec.plan import Cell, arm_names, plan
+from suite.spec.plan import ResolvedTask, arm_names
 from suite.spec.strict_yaml import TaskErrors, read_yaml
 from suite.spec.task import Claim, Contrast, Task, axis_label
 from suite.spec.validate import check, unpinned_inputs
@@ -22,8 +22,9 @@ TIERS = ("paper", "node", "desk")  # in the order of their weight
 COLOURS = {"PASS": "green", "FAIL": "red", "INCONCLUSIVE": "yellow"}
 
 
-def summary(task: Task) -> dict:
+def summary(resolved: ResolvedTask) -> dict:
     """One task as one row, in plain values."""
+    task = resolved.task
     graded = [claim for claim in task.claims if claim.kind != "report"]
     return {
         "id": task.id,
@@ -33,7 +34,7 @@ def summary(task: Task) -> dict:
         "protocol": task.protocol,
         "claims": sorted({claim.about for claim in task.claims}, key=_claim_number),
         "num_graded": len(graded),
-        "num_cells": len(plan(task)),
+        "num_cells": len(resolved.cells),
         "seeds": list(task.seeds),
         "needs": machine(task),
         "tags": list(task.tags),
@@ -54,9 +55,9 @@ def machine(task: Task) -> str:
 NARROW = 80  # columns below which a table would break every word
 
 
-def print_list(tasks: list[Task]) -> None:
+def print_list(tasks: list[ResolvedTask]) -> None:
     """One row a task; on a narrow terminal a few lines each."""
-    console, rows = _console(), [summary(task) for tier in TIERS for task in tasks if task.tier == tier]
+    console, rows = _console(), [summary(one) for tier in TIERS for one in tasks if one.task.tier == tier]
     if console.width < NARROW:
         for row in rows:
             about = f"{row['tier']}, {' '.join(row['claims'])}, {row['num_cells']} cells, {row['needs']}"
@@ -76,12 +77,12 @@ def print_heading(task: Task, num_cells: int) -> None:
     console.print(f"{num_cells} cells on {machine(task)}{budget}\n")
 
 
-def print_task(task: Task) -> None:
+def print_task(resolved: ResolvedTask) -> None:
     """A task as it runs: claims with their accept regions, arms, grid, controls and resolved settings, and what is
     wrong with it.
     """
-    console = _console()
-    print_heading(task, len(plan(task)))
+    console, task = _console(), resolved.task
+    print_heading(task, len(resolved.cells))
     for claim in task.claims:
         console.print(f"[bold]{claim.id}[/] ({claim.kind}, about {claim.about}) {escape(claim.statement)}")
         for line in _claim_lines(task, claim):
@@ -99,12 +100,12 @@ def print_task(task: Task) -> None:
                 f"seeds {_joined(control.seeds)}): {where}"
             )
         )
-    for path in unpinned_inputs(task):
+    for path in unpinned_inputs(resolved):
         console.print(f"unpinned  {path}: verdicts are capped at INCONCLUSIVE until it is pinned")
     console.print("\nsettings shared by all arms (arms and grid go on top):")
     for line in _setting_lines({name: values for name, values in task.settings.items() if values}):
         console.print(f"    {escape(line)}")
-    errors, _ = check(task)
+    errors, _ = check(resolved)
     if errors:
         raise TaskErrors(errors)
 
@@ -135,7 +136,7 @@ def is_claim(name: str) -> bool:
     return re.fullmatch(r"[cC]\d{1,2}(-.*)?", name) is not None
 
 
-def print_claim(claim_id: str, tasks: dict[str, Task], repo: Path) -> None:
+def print_claim(claim_id: str, tasks: dict[str, ResolvedTask], repo: Path) -> None:
     """A claim with the paper's value and source, the tasks that test it, and what is published for it by tier and
     hardware.
     """
@@ -150,7 +151,7 @@ def print_claim(claim_id: str, tasks: dict[str, Task], repo: Path) -> None:
         if key != "title":
             console.print(escape(f"    {key}: {value_text(value)}"))
     table = _table("task", "tier", "claim", "hardware", "estimate", "interval", "verdict")
-    for task in sorted(tasks.values(), key=lambda task: (TIERS.index(task.tier), task.id)):
+    for task in sorted((one.task for one in tasks.values()), key=lambda task: (TIERS.index(task.tier), task.id)):
         for claim in task.claims:
             if claim.about == claim_id:
                 for row in _published_rows(task, claim, repo / "results") or [("not published", "", "", "")]:
@@ -178,8 +179,9 @@ def _published_rows(task: Task, claim: Claim, results: Path) -> list[tuple[str, 
     return rows
 
 
-def print_plan(task: Task, cells: list[Cell], power: dict[str, dict]) -> None:
+def print_plan(resolved: ResolvedTask, power: dict[str, dict]) -> None:
     """Cells, what they need, and what the design can decide. `power`: claim id -> {p_pass_if_true, p_fail_if_null}."""
+    task, cells = resolved.task, resolved.cells
     console, wanted = _console(), task.resources
     print_heading(task, len(cells))
     table = _table("cell", "rollout", "train", "seed", "run key")
@@ -205,7 +207,7 @@ def print_plan(task: Task, cells: list[Cell], power: dict[str, dict]) -> None:
             region = region_text(grade.accept) if grade.accept else contrast_text(grade.contrast)
             table.add_row(claim.id, claim.kind, f"{len(task.seeds)} of {grade.min_seeds}", escape(region), *shown)
     console.print(table)
-    for path in unpinned_inputs(task):
+    for path in unpinned_inputs(resolved):
         console.print(f"unpinned: {path} (caps every verdict at INCONCLUSIVE)")
 
 

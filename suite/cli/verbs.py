@@ -13,8 +13,9 @@ from pathlib import Path
 from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, TaskError, UserError
 from suite.files import write_atomic
 from suite.spec.json_schema import json_schema
+from suite.spec.kinds import Kind, kind_of
 from suite.spec.lock import stray_locks, write_lock
-from suite.spec.plan import Cell, plan
+from suite.spec.plan import Cell, ResolvedTask, resolve_task
 from suite.spec.strict_yaml import TaskErrors
 from suite.spec.task import Task, find_repo, load_all, load_readable, load_task, task_files
 from suite.spec.validate import check_unlocked, require_valid, validate_file
@@ -24,24 +25,24 @@ def list_tasks(args) -> int:
     from suite.cli import show as rendering
 
     tasks, errors = _readable()
-    tasks = [task for task in tasks.values() if args.tier in (None, task.tier)]
+    tasks = [one for one in tasks.values() if args.tier in (None, one.task.tier)]
     if args.json:
-        print(json.dumps([rendering.summary(task) for task in tasks], indent=1))
+        print(json.dumps([rendering.summary(one) for one in tasks], indent=1))
     else:
         rendering.print_list(tasks)
     return _with_errors(errors, 0 if tasks else EXIT_NOTHING)
 
 
-def _readable() -> tuple[dict[str, Task], list[TaskError]]:
+def _readable() -> tuple[dict[str, ResolvedTask], list[TaskError]]:
     """The tasks of the checkout whose cells can be told, and what is wrong with the others."""
     tasks, errors = load_readable()
-    for name, task in list(tasks.items()):
+    resolved = {}
+    for name, task in tasks.items():
         try:
-            plan(task)
+            resolved[name] = resolve_task(task)
         except TaskErrors as found:
             errors += found.errors
-            del tasks[name]
-    return tasks, errors
+    return resolved, errors
 
 
 def _with_errors(errors: list[TaskError], code: int) -> int:
@@ -57,7 +58,7 @@ def show_one(args) -> int:
         tasks, errors = _readable()
         rendering.print_claim(args.name.split("-")[0].upper(), tasks, find_repo())
         return _with_errors(errors, 0)
-    rendering.print_task(load_task(args.name))
+    rendering.print_task(resolve_task(load_task(args.name)))
     return 0
 
 
@@ -105,7 +106,7 @@ def doctor(args) -> int:
     from suite.machine import environment
     from suite.machine.doctor import can_run, findings
 
-    task = load_task(args.task) if args.task else None
+    task = resolve_task(load_task(args.task)) if args.task else None
     machine = environment.collect()
     rendering.print_findings(findings(task, machine), environment.fingerprint(machine))
     reason = can_run(task, machine) if task else None
@@ -117,18 +118,18 @@ def doctor(args) -> int:
 def show_plan(args) -> int:
     from suite.cli import show as rendering
 
-    task = require_valid(load_task(args.task))
-    rendering.print_plan(task, plan(task), _design_power(task))
+    resolved = require_valid(load_task(args.task))
+    rendering.print_plan(resolved, _design_power(resolved))
     return 0
 
 
 def run(args) -> int:
-    task = require_valid(load_task(args.task))
-    cells = select(task, args.seeds, args.arm, args.cell)
+    resolved = require_valid(load_task(args.task))
+    task, cells = resolved.task, select(resolved, args.seeds, args.arm, args.cell)
     if not cells:
         print(f"{task.id}: " + (f"{_sources(task)}; it runs nothing itself" if task.needs else "nothing selected"))
         return EXIT_NOTHING
-    _check_machine(task, args)
+    _check_machine(resolved, args)
     _run_cells(args, task, cells)
     print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
     return 0
@@ -137,7 +138,8 @@ def run(args) -> int:
 def grade(args) -> int:
     from suite.cli import show as rendering
 
-    task = require_valid(load_task(args.task))
+    resolved = require_valid(load_task(args.task))
+    task = resolved.task
     if not args.framework and (args.arm is not None or args.seed is not None) or args.framework and not args.evidence:
         raise UserError("--from needs --evidence, and --arm and --seed need --from: they say what a framework's files do not")
     if args.evidence:
@@ -145,7 +147,7 @@ def grade(args) -> int:
 
         verdict, path = grade_evidence(task, args.evidence, _source(args)), None
     else:
-        verdict, path = _grade_records(task, args.runs_dir)
+        verdict, path = _grade_records(resolved, args.runs_dir)
     if verdict is None:
         print(_nothing_recorded(task, args.runs_dir))
         return EXIT_NOTHING
@@ -164,13 +166,13 @@ def _source(args):
 def reproduce(args) -> int:
     from suite.cli import show as rendering
 
-    task = require_valid(load_task(args.task))
-    cells = select(task, args.seeds, args.arm, args.cell)
+    resolved = require_valid(load_task(args.task))
+    task, cells = resolved.task, select(resolved, args.seeds, args.arm, args.cell)
     rendering.print_heading(task, len(cells))
-    _check_machine(task, args)
+    _check_machine(resolved, args)
     if cells:
         _run_cells(args, task, cells)
-    verdict, path = (None, None) if args.limit else _grade_records(task, args.runs_dir)
+    verdict, path = (None, None) if args.limit else _grade_records(resolved, args.runs_dir)
     if verdict is None:
         print("a run with --limit is never graded" if args.limit else _nothing_recorded(task, args.runs_dir))
         print(line_without_grading(task.id, "NOT_RUN"))
@@ -196,15 +198,15 @@ def rehearse(args) -> int:
     from suite.record.run import find_runs
     from suite.spec.precision import breaches_of
 
-    task = require_valid(load_task(args.task))
-    cells = rehearsal(task)
+    resolved = require_valid(load_task(args.task))
+    task, cells = resolved.task, rehearsal(resolved)
     if reason := can_rehearse(task, cells, environment.collect()):
         raise NotRunnable(reason)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder, Progress(len(cells)) as progress:
         run_task(task, cells, runs_dir=Path(folder), progress=progress)
         runs = {run.record["cell"]["name"]: run for run in find_runs(Path(folder), task.id)}
     breaches = {
-        name: breaches_of(task.protocol, run.record["precision_asked"], run.record["precision_executed"])
+        name: breaches_of(kind_of(task).must_say, run.record["precision_asked"], run.record["precision_executed"])
         for name, run in runs.items()
     }
     rendering.print_rehearsal(task, [runs[cell.name] for cell in cells], breaches)
@@ -214,7 +216,7 @@ def rehearse(args) -> int:
 def publish(args) -> int:
     from suite.report.verbs import publish as publish_task
 
-    task = require_valid(load_task(args.task))
+    task = require_valid(load_task(args.task)).task
     if task.id not in task_files():
         raise UserError(f"publish: found {args.task!r}, allowed: a task of tasks/, since results/ is checked against them")
     return publish_task(task.id, args.runs_dir, find_repo() / "results")
@@ -235,7 +237,7 @@ def verify(args) -> int:
 def bundle(args) -> int:
     from suite.archive.bundling import bundle_task
 
-    task = require_valid(load_task(args.task))
+    task = require_valid(load_task(args.task)).task
     out = args.out or Path(f"{task.id}.tar.gz")
     held = bundle_task(task, args.runs_dir, None if args.dry_run else out)
     if not held.folders:
@@ -303,7 +305,7 @@ VERBS = {
 }
 
 
-def select(task: Task, seeds: list[int] | None = None, arms: list[str] | None = None,
+def select(task: Task | ResolvedTask, seeds: list[int] | None = None, arms: list[str] | None = None,
            names: list[str] | None = None) -> list[Cell]:
     """The planned cells, narrowed to some seeds, arms and names. Controls keep their own seeds and stay unless arms are
     named.
@@ -311,7 +313,8 @@ def select(task: Task, seeds: list[int] | None = None, arms: list[str] | None = 
     Raises UserError for a seed, arm or cell that the task does not have: seeds are fixed in the task file, or adding some
     until it passes would be a way to a false pass.
     """
-    cells = plan(task)
+    resolved = resolve_task(task)
+    task, cells = resolved.task, resolved.cells
     unknown = sorted({seed for seed in seeds or ()} - set(task.seeds))
     if unknown:
         raise UserError(f"--seeds: {task.id} has no seed {unknown[0]}; it has {', '.join(map(str, task.seeds))}")
@@ -341,7 +344,7 @@ def _sources(task: Task) -> str:
     return f"it is graded from the records of {', '.join(task.needs)}"
 
 
-def _check_machine(task: Task, args) -> None:
+def _check_machine(resolved: ResolvedTask, args) -> None:
     """Raises NotRunnable. A launcher's workers look at the machines that they are put on themselves; one of ours has one GPU
     of those that the task needs, and whoever started it has looked."""
     from suite.machine import environment
@@ -350,7 +353,7 @@ def _check_machine(task: Task, args) -> None:
 
     if args.launcher or WORKER_VARIABLE in os.environ:
         return
-    reason = can_run(task, environment.collect(args.runs_dir))
+    reason = can_run(resolved, environment.collect(args.runs_dir))
     if reason:
         raise NotRunnable(reason)
 
@@ -363,7 +366,7 @@ def _run_cells(args, task: Task, cells: list[Cell]) -> None:
         if world != "1":
             raise UserError(f"WORLD_SIZE: found {world}, allowed: nothing or 1; --nproc starts the processes")
         if group_size > 1 or args.nproc > 1 or args.launcher:
-            return _deal_cells(args, cells, group_size)
+            return _deal_cells(args, kind_of(task), cells, group_size)
     from suite.cli.progress import Progress
     from suite.engines.ranks import join
     from suite.protocols.run import run_task
@@ -380,7 +383,7 @@ def _ranks_per_cell(cells: list[Cell]) -> int:
     return sizes[0]
 
 
-def _deal_cells(args, cells: list[Cell], group_size: int) -> None:
+def _deal_cells(args, kind: Kind, cells: list[Cell], group_size: int) -> None:
     """Run the cells in several processes (suite/machine/processes.py)."""
     from suite.machine import environment
     from suite.machine.processes import Place, deal, places, run_workers
@@ -390,7 +393,7 @@ def _deal_cells(args, cells: list[Cell], group_size: int) -> None:
         raise UserError(f"--launcher: found {args.launcher!r}, allowed: nothing, with train.parallel.data {group_size}: ranks of a cell need one machine")
     if num % group_size:
         raise UserError(f"--nproc: found {num}, allowed: a multiple of {group_size} (train.parallel.data)")
-    blocks = deal(cells, num // group_size)
+    blocks = deal(cells, num // group_size, kind)
     if args.launcher:
         where = [Place()] * num
     else:
@@ -401,19 +404,19 @@ def _deal_cells(args, cells: list[Cell], group_size: int) -> None:
     run_workers(blocks, where, arguments, group_size=group_size, launcher=args.launcher)
 
 
-def _grade_records(task: Task, runs_dir: Path):
+def _grade_records(resolved: ResolvedTask, runs_dir: Path):
     """(verdict, its file) of the newest fingerprint recorded; every fingerprint gets its own verdict. (None, None)
     without records.
     """
     from suite.grade.verdict import grade_by_fingerprint, with_needed, write_verdict
     from suite.record.run import find_runs
 
-    runs = find_runs(runs_dir, task.id)
-    needed = with_needed(task, lambda name: find_runs(runs_dir, name))
+    runs = find_runs(runs_dir, resolved.task.id)
+    needed = with_needed(resolved, lambda name: find_runs(runs_dir, name))
     everything = runs or [run for need in needed.values() for run in need.runs]
     if not everything:
         return None, None
-    verdicts = grade_by_fingerprint(task, runs, needed)
+    verdicts = grade_by_fingerprint(resolved, runs, needed)
     newest = max(everything, key=lambda run: str(run.record.get("started_utc")))
     for fingerprint, other in verdicts.items():
         if fingerprint != newest.fingerprint:
@@ -422,10 +425,10 @@ def _grade_records(task: Task, runs_dir: Path):
     return verdict, write_verdict(verdict, runs_dir)
 
 
-def _design_power(task: Task) -> dict:
+def _design_power(resolved: ResolvedTask) -> dict:
     from suite.grade.verdict import design_power
 
-    return design_power(task)
+    return design_power(resolved)
 
 
 def _last_line(verdict: dict, path: Path | None) -> int:

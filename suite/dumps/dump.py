@@ -48,9 +48,9 @@ from suite.dumps.rows import Rollout, check_row, row_error
 from suite.dumps.signs import NOTE, Copies, Flaw, LaunchSigns
 from suite.errors import TaskError, UserError
 from suite.files import sha256_file
-from suite.grade.launches import OFFLINE
 from suite.measure.mismatch import concat_sums, estimates, prompt_sums, token_statistics
 from suite.record.run import RECORD_SCHEMA, Run
+from suite.spec.kinds import KINDS, kind_of
 from suite.spec.task import Task, axis_label
 
 FLUSH_TOKENS = 500_000  # tokens held before they are folded into sums
@@ -144,10 +144,9 @@ class Launch:
 def read_dump(task: Task, paths: str | Path | Sequence[str | Path], source: Source | None = None) -> Dump:
     """One Run per (arm, grid point, seed), sorted, with the flaws found. Memory is bounded by prompts and rollouts, not
     by tokens. Raises UserError for what cannot be used."""
-    if task.protocol not in OFFLINE:
-        raise UserError(
-            f"{task.id}: --evidence grades tasks of protocol {' or '.join(OFFLINE)}; this one is {task.protocol!r}"
-        )
+    if kind_of(task).value_from != "prompt_sums":
+        graded = " or ".join(kind.name for kind in KINDS.values() if kind.value_from == "prompt_sums")
+        raise UserError(f"{task.id}: --evidence grades tasks of protocol {graded}; this one is {task.protocol!r}")
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     shards = dump_files.shards(paths)
     where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

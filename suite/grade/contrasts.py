@@ -216,7 +216,7 @@ def within(estimand: str, form: str, arms: list[list[Launch]], level: float) -> 
                 else values[0]
             )
 
-    return stats.prompt_bootstrap([{name: table[name] for name in SUMS} for table in tables], statistic, level)
+    return stats.prompt_bootstrap([{name: table[name] for name in SUMS if name in table} for table in tables], statistic, level)
 
 
 def _sorted(table: dict) -> dict:

@@ -12,6 +12,7 @@ from suite.grade.judge import Evidence, disjoint, ends_text, inside, number, pai
 from suite.grade.launches import FINISHED, launches, series
 from suite.grade.planned import missing_launches
 from suite.measure import stats
+from suite.spec.kinds import kind_of
 from suite.spec.plan import canonical_json, grid_points
 from suite.spec.task import Grade
 
@@ -81,7 +82,7 @@ def _at_point(evidence: Evidence, control, at: dict) -> dict:
 
 def _grade_of(evidence: Evidence, control, arms: list[list]) -> Grade:
     """A control as a claim: how its launches come to a value."""
-    drifts = control.kind == "null_drift" and evidence.task.protocol == "rl"
+    drifts = control.kind == "null_drift" and kind_of(evidence.task).trains
     return Grade(
         estimand=control.estimand,
         contrast=control.contrast,
@@ -92,14 +93,14 @@ def _grade_of(evidence: Evidence, control, arms: list[list]) -> Grade:
 
 def _infinite(evidence: Evidence, grade: Grade, arms: list[list]) -> str:
     """The first launch whose value is infinite: whatever a control accepts, that is not it."""
-    found = (launch for runs in arms for launch in launches(evidence.task.protocol, runs, grade))
+    found = (launch for runs in arms for launch in launches(kind_of(evidence.task), runs, grade))
     return next((one.problem for one in found if one.value is not None and math.isinf(one.value)), "")
 
 
 def _by_value(evidence: Evidence, control, arms: list[list]) -> dict:
     """Floor and broken on purpose: plain means over launches, so that a floor of exactly 0 is a value like others."""
     grade = Grade(estimand=control.estimand, contrast=control.contrast)
-    found = [launches(evidence.task.protocol, runs, grade) for runs in arms]
+    found = [launches(kind_of(evidence.task), runs, grade) for runs in arms]
     row = {"num_seeds": min(len(column) for column in found)}
     if bare := next((launch for column in found for launch in column if launch.value is None), None):
         return row | {"outcome": "inconclusive", "reason": bare.problem}
@@ -123,8 +124,8 @@ def _finding(evidence: Evidence, control, grade: Grade, arms: list[list]):
     """The contrast of a control at 90 %. With one launch on a side, its interval is the one over prompts (offline), or
     over steps (a drift), or takes the spread of the other side's launches (A/A).
     """
-    protocol, form, drifts = evidence.task.protocol, control.contrast.form, grade.reducer == "log_ratio"
-    found, levels = [launches(protocol, runs, grade) for runs in arms], Levels(0.90, 0.90)
+    kind, form, drifts = kind_of(evidence.task), control.contrast.form, grade.reducer == "log_ratio"
+    found, levels = [launches(kind, runs, grade) for runs in arms], Levels(0.90, 0.90)
     if form == "arm":
         finding = level_of(control.name, found[0], grade, levels)
     else:

@@ -10,24 +10,27 @@ import itertools
 from suite.grade.launches import FINISHED
 from suite.grade.planned import not_of_the_task, short_of_plan, unpaired
 from suite.grade.sameness import same_runs
-from suite.spec.plan import PATHS, canonical_json, differing_paths
+from suite.spec.kinds import kind_of
+from suite.spec.plan import PATHS, ResolvedTask, canonical_json, differing_paths, resolve_task
 from suite.spec.precision import breaches_of
+from suite.spec.task import Task
 
 
-def violations(task, runs: list, foreign: bool = False) -> list[tuple[str, str]]:
+def violations(task: Task | ResolvedTask, runs: list, foreign: bool = False) -> list[tuple[str, str]]:
     """(arm, sentence) for everything that makes finished runs unfit to compare.
 
     foreign: rollouts of another framework, whose settings and precision are taken on its word; the reader of its files looks
     at problems and samples.
     """
-    finished = [run for run in runs if run.status in FINISHED]
+    resolved = resolve_task(task)
+    task, finished = resolved.task, [run for run in runs if run.status in FINISHED]
     ours = [] if foreign else finished
     found = (
-        _precision(task.protocol, ours)
+        _precision(kind_of(task).must_say, ours)
         + _repeated_seeds(finished)
         + _one_factor(task, finished)
         + _control_factors(task, finished)
-        + not_of_the_task(task, ours)
+        + not_of_the_task(resolved, ours)
         + short_of_plan(task, ours)
         + unpaired(ours)
         + same_runs(finished)
@@ -35,7 +38,7 @@ def violations(task, runs: list, foreign: bool = False) -> list[tuple[str, str]]
     return list(dict.fromkeys(found))
 
 
-def _precision(protocol: str, runs: list) -> list[tuple[str, str]]:
+def _precision(must_say: tuple[str, ...], runs: list) -> list[tuple[str, str]]:
     """An engine that ran in another dtype than its arm asks for, or that does not say what it ran in. A count of a data
     set asks for no precision.
     """
@@ -43,7 +46,7 @@ def _precision(protocol: str, runs: list) -> list[tuple[str, str]]:
     for run in runs:
         asked, executed = run.record["cell"]["settings"].get("precision"), run.record.get("precision_executed") or {}
         if asked:
-            lines = breaches_of(protocol, asked, executed)
+            lines = breaches_of(must_say, asked, executed)
             found += [(run.arm, f"{run.record['cell']['name']}: precision: {line}") for line in lines]
     return found
 

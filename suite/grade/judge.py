@@ -13,6 +13,7 @@ from suite.grade import contrasts
 from suite.grade.contrasts import Finding, Levels, is_exact, is_share_of_seeds
 from suite.grade.events import skipped_share
 from suite.grade.launches import FINISHED, SHARES_OF_COUNTS, arm_runs, launches, scale_of, unit_of
+from suite.spec.kinds import kind_of
 
 NOT_REPRODUCED = "not_reproduced_on_this_hardware"
 MOST_SKIPPED = 0.05  # share of skipped steps after warm-up above which no claim about a run can pass
@@ -55,7 +56,7 @@ def findings_of(evidence: Evidence, claim, grade) -> list[Compared]:
     several arms.
     """
     contrast, levels = grade.contrast, evidence.levels
-    found = {name: launches(evidence.task.protocol, evidence.arm(name, grade.at), grade) for name in contrast.names}
+    found = {name: launches(kind_of(evidence.task), evidence.arm(name, grade.at), grade) for name in contrast.names}
     arms = [found[name] for name in contrast.names]
     if contrast.form == "order":
         return _in_order(found, grade, levels)
@@ -201,7 +202,7 @@ def below_floor(evidence: Evidence, grade) -> str:
         return ""
     level = grade.model_copy(update={"event": None, "reducer": "last_k_mean", "window": grade.event.window}) if grade.event else grade
     for name in grade.contrast.names:
-        for launch in launches(evidence.task.protocol, evidence.arm(name, grade.at), level):
+        for launch in launches(kind_of(evidence.task), evidence.arm(name, grade.at), level):
             if launch.value is None or not launch.value >= grade.floor.at_least:
                 shown = launch.problem or f"{launch.arm} seed {launch.seed} ends at {launch.value:.4g}"
                 return f"below_floor: {shown}, a floor of {grade.floor.at_least:g} shows that it learned"
@@ -310,7 +311,7 @@ def display_interval(evidence: Evidence, claim, grade) -> tuple[float, float] | 
     """For the table and the figure: the interval over prompts within all launches together, at the stated level."""
     if grade.contrast.form == "order" or claim.kind in ("event", "count"):
         return None
-    arms = [launches(evidence.task.protocol, evidence.arm(name, grade.at), grade) for name in grade.contrast.names]
+    arms = [launches(kind_of(evidence.task), evidence.arm(name, grade.at), grade) for name in grade.contrast.names]
     found = contrasts.within(grade.estimand, grade.contrast.form, arms, evidence.levels.stated)
     return (found.lo, found.hi) if found else None
 

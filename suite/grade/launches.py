@@ -23,11 +23,10 @@ import numpy as np
 from suite.errors import TaskError
 from suite.grade.events import event_time, passage_time, why_no_event, why_not_at_end
 from suite.measure.mismatch import concat_sums, estimates
-from suite.spec.estimands import EVERY_ESTIMAND, estimands_of
+from suite.spec.estimands import EVERY_ESTIMAND
+from suite.spec.kinds import Kind, kind_of
 
 FINISHED = ("success", "diverged")
-OFFLINE = ("offline_mismatch", "offline_accuracy")
-WHOLE_RUN = ("filter",)  # protocols whose values belong to the run as a whole, not to its parts
 # counts of a filter run, or shares of them, each with the number that it is a share of
 SHARES_OF_COUNTS = {
     "num_kept": "num_problems", "kept_share": "num_problems", "num_overlap": "num_reference", "overlap_share": "num_reference",
@@ -81,7 +80,7 @@ def arm_runs(task, runs: list, name: str, at: dict, other_runs: dict) -> list:
     """Runs of an arm or control at a grid point. In a compare task a name is `<task>-<arm>`, the task one of
     `needs`.
     """
-    if task.protocol != "compare":
+    if not kind_of(task).compares:
         return [run for run in runs if run.arm == name and same_point(run, at)]
     need = need_of(task, name)
     if need is None:
@@ -95,35 +94,35 @@ def need_of(task, name: str) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def launches(protocol: str, runs: list, grade) -> list[Launch]:
+def launches(kind: Kind, runs: list, grade) -> list[Launch]:
     """One Launch per seed of finished runs, by seed; attempts of the same seed are averaged."""
     by_seed: dict[int, list] = {}
     for run in runs:
         if run.status in FINISHED:
             by_seed.setdefault(run.seed, []).append(run)
-    return [_launch(protocol, seed, by_seed[seed], grade) for seed in sorted(by_seed)]
+    return [_launch(kind, seed, by_seed[seed], grade) for seed in sorted(by_seed)]
 
 
-def _launch(protocol: str, seed: int, runs: list, grade) -> Launch:
-    found = [run_value(protocol, run, grade) for run in runs]
+def _launch(kind: Kind, seed: int, runs: list, grade) -> Launch:
+    found = [run_value(kind, run, grade) for run in runs]
     values = [one.value for one in found]
     trials = [one.trials for one in found if one.trials]
     censored = "high" if any(one.censored for one in found) else ""
     problems = [f"{run.arm} seed {seed}: {one.problem}" for run, one in zip(runs, found, strict=True) if one.problem]
-    tables = tuple(runs) if protocol in OFFLINE else ()  # sums over a whole RL run say nothing about a reducer's window
+    tables = tuple(runs) if kind.value_from == "prompt_sums" else ()  # sums over a whole RL run say nothing about a reducer's window
     value = None if any(one is None for one in values) else float(np.mean(values))
     return Launch(seed, value, min(trials, default=None), censored, tables, next(iter(problems), ""), runs[0].arm)
 
 
-def run_value(protocol: str, run, grade) -> Value:
-    """The value of one run: from its prompt sums if it is an offline protocol, else from its series."""
-    if grade.estimand not in estimands_of(protocol):  # sums of a run without a trainer say 0 where they mean nothing
-        return Value(None, problem=f"a run of {protocol} has no {grade.estimand}")
-    if protocol in OFFLINE and run.summary is not None:
+def run_value(kind: Kind, run, grade) -> Value:
+    """The value of one run: from where its protocol has it (Kind.value_from)."""
+    if grade.estimand not in kind.estimands:  # sums of a run without a trainer say 0 where they mean nothing
+        return Value(None, problem=f"a run of {kind.name} has no {grade.estimand}")
+    if kind.value_from == "prompt_sums" and run.summary is not None:
         values = estimates(run.summary)
         if grade.estimand in values:
             return _whole(grade.estimand, values[grade.estimand], _trials(grade.estimand, run.summary))
-    if protocol in OFFLINE + WHOLE_RUN:
+    if kind.value_from != "series":
         whole = run.record["series_summary"]
         return _whole(grade.estimand, whole.get(grade.estimand), whole.get(SHARES_OF_COUNTS.get(grade.estimand)))
     run = up_to(run, grade.until)

@@ -9,7 +9,8 @@ whatever is missing is named. A record that the task does not plan is not counte
 from __future__ import annotations
 
 from suite.grade.launches import FINISHED, arm_runs, need_of
-from suite.spec.plan import Cell, arm_names, canonical_json, grid_points, plan
+from suite.spec.kinds import Kind, kind_of
+from suite.spec.plan import Cell, ResolvedTask, arm_names, canonical_json, grid_points
 from suite.spec.task import axis_label
 
 OPEN = ("running", "killed")  # an attempt that was begun and never ended
@@ -45,7 +46,7 @@ def missing_launches(task, runs: list, other_tasks: dict, other_runs: dict, grad
     """
     found = []
     for name in grade.contrast.names:
-        need = need_of(task, name) if task.protocol == "compare" else None
+        need = need_of(task, name) if kind_of(task).compares else None
         owner, arm = (other_tasks[need], name[len(need) + 1 :]) if need else (task, name)
         there = arm_runs(task, runs, name, grade.at, other_runs)
         for key, (its_arm, point, seed) in places(owner).items():
@@ -67,11 +68,11 @@ def _missing(attempts: list) -> str:
     return stopped or (attempts[-1].status if attempts else "not run")
 
 
-def not_of_the_task(task, runs: list) -> list[tuple[str, str]]:
+def not_of_the_task(resolved: ResolvedTask, runs: list) -> list[tuple[str, str]]:
     """(arm, sentence) for finished runs of planned cells whose settings, run key or precision are not those that the task
     gives the cell.
     """
-    cells, found = {cell_key(cell.arm, cell.point, cell.seed): cell for cell in plan(task)} if runs else {}, []
+    cells, found = {cell_key(cell.arm, cell.point, cell.seed): cell for cell in resolved.cells}, []
     for run in runs:
         if run.status in FINISHED and key_of(run) in cells:
             found += [(run.arm, f"{run.record['cell']['name']}: {line}") for line in _departures(run, cells[key_of(run)])]
@@ -110,13 +111,13 @@ def _at(settings: dict, path: str):
 
 def short_of_plan(task, runs: list) -> list[tuple[str, str]]:
     """(arm, sentence) for finished runs with another number of problems or samples than the task plans."""
-    return [(run.arm, f"{run.record['cell']['name']}: {line}") for run in runs if run.status in FINISHED for line in _shortfall(task.protocol, run)]
+    return [(run.arm, f"{run.record['cell']['name']}: {line}") for run in runs if run.status in FINISHED for line in _shortfall(kind_of(task), run)]
 
 
-def _shortfall(protocol: str, run) -> list[str]:
+def _shortfall(kind: Kind, run) -> list[str]:
     settings = run.record["cell"]["settings"]
     samples = (settings.get("rollout") or {}).get("samples_per_prompt")
-    if protocol == "rl":
+    if kind.trains:
         planned = settings["schedule"]["prompts_per_step"] * samples
         bad = next((row for row in run.metrics if row.get("num_rollouts") not in (None, planned)), None)
         return [] if bad is None else [f"{bad['num_rollouts']} rollouts at iteration {bad['step']}, {planned} planned"]

@@ -14,7 +14,8 @@ from suite.grade.contrasts import Levels, is_exact, is_share_of_seeds, shares_of
 from suite.grade.judge import Evidence, findings_of, inside, num_pairs, order_form, order_regions
 from suite.grade.launches import FINISHED, scale_of
 from suite.measure import stats
-from suite.spec.validate import needed_tasks, unpinned_inputs
+from suite.spec.plan import resolve_task
+from suite.spec.validate import unpinned_inputs
 
 # (estimand, form) -> standard deviation between launches. A ratio is on the log scale, a difference in the
 # estimand's own unit.
@@ -39,8 +40,10 @@ def design_power(task, runs: list | None = None) -> dict[str, dict]:
     unit), p_pass_if_true, p_fail_if_null, note. For an equivalence the null is a difference twice as large as its
     margin.
     """
+    resolved = resolve_task(task)
+    task = resolved.task
     graded = [claim for claim in task.claims if claim.kind != "report" and claim.id in task.grade]
-    pinned = not any(unpinned_inputs(one) for one in (task, *needed_tasks(task)))
+    pinned = not any(unpinned_inputs(one) for one in (resolved, *resolved.needed.values()))
     shares = shares_of(task)
     return {
         claim.id: _claim_power(task, claim, task.grade[claim.id], shares[claim.id], pinned, runs or []) for claim in graded

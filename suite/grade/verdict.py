@@ -48,7 +48,8 @@ from suite.grade.launches import FINISHED, need_of
 from suite.grade.planned import missing_launches, split_by_plan
 from suite.grade.power import design_power  # noqa: F401  (offered where people look for it)
 from suite.grade.sameness import name_across, same_runs, twins
-from suite.spec.plan import canonical_json
+from suite.spec.kinds import kind_of
+from suite.spec.plan import ResolvedTask, canonical_json, resolve_task
 from suite.spec.task import Task, load_task
 from suite.spec.validate import unpinned_inputs
 
@@ -61,9 +62,9 @@ NOT_PLANNED = "the task does not plan this cell"
 
 @dataclass(frozen=True)
 class Needed:
-    """A task of `needs` and its runs."""
+    """A task of `needs`, resolved or not, and its runs."""
 
-    task: Task
+    task: Task | ResolvedTask
     runs: list
 
 
@@ -75,26 +76,27 @@ def grade_task(task, runs: list, needed: dict[str, Needed] | None = None, foreig
     which know nothing of settings and precision. Raises UserError if the runs carry several fingerprints
     (grade_by_fingerprint keeps them apart).
     """
-    needed = needed or {}
-    runs, strangers = split_by_plan(task, _of_version(task, runs)) if task.protocol != "compare" else ([], [])
-    sorted_out = {name: split_by_plan(need.task, _of_version(need.task, need.runs)) for name, need in needed.items()}
+    resolved = resolve_task(task)
+    task, needed = resolved.task, {name: replace(need, task=resolve_task(need.task)) for name, need in (needed or {}).items()}
+    tasks = {name: need.task.task for name, need in needed.items()}
+    runs, strangers = ([], []) if kind_of(task).compares else split_by_plan(task, _of_version(task, runs))
+    sorted_out = {name: split_by_plan(tasks[name], _of_version(tasks[name], need.runs)) for name, need in needed.items()}
     others = {name: counted for name, (counted, _) in sorted_out.items()}
     everything = runs + [run for name in task.needs for run in others.get(name, [])]
     strangers = strangers + [run for name in task.needs for run in sorted_out.get(name, ([], []))[1]]
     fingerprints = sorted({run.fingerprint for run in everything})
     if len(fingerprints) > 1:
         raise UserError(f"{task.id}: runs of different machines cannot be graded together: {', '.join(fingerprints)}")
-    broken = violations(task, runs, foreign) + [
+    broken = violations(resolved, runs, foreign) + [
         (f"{name}-{arm}", f"{name}: {line}") for name in others for arm, line in violations(needed[name].task, others[name])
     ]
     from_others = [run for found in others.values() for run in found]
     broken += same_runs(from_others, name_across, across_seeds_only=True)
-    unpinned = unpinned_inputs(task) + [f"{name}: {path}" for name in needed for path in unpinned_inputs(needed[name].task)]
-    tasks = {name: need.task for name, need in needed.items()}
+    unpinned = unpinned_inputs(resolved) + [f"{name}: {path}" for name in needed for path in unpinned_inputs(needed[name].task)]
     evidence = Evidence(task, runs, others, Levels(0.90, 0.90), tuple(unpinned), tasks)
     controls = grade_controls(evidence)
-    for name, need in needed.items():
-        controls += _controls_of_needed(name, replace(evidence, task=need.task, runs=others[name]))
+    for name in needed:
+        controls += _controls_of_needed(name, replace(evidence, task=tasks[name], runs=others[name]))
     controls = _said_once(controls, twins([run for run in from_others if run.is_control]))
     rows: dict[str, dict] = {}
     for claim in in_sequence(task):
@@ -122,12 +124,13 @@ def grade_task(task, runs: list, needed: dict[str, Needed] | None = None, foreig
 
 def with_needed(task, runs_of: Callable[[str], list]) -> dict[str, Needed]:
     """The tasks in `needs`, as the checkout has them, with the runs that `runs_of` finds for their ids."""
-    return {name: Needed(load_task(name), runs_of(name)) for name in task.needs}
+    resolved = resolve_task(task)
+    return {name: Needed(resolved.needed.get(name) or load_task(name), runs_of(name)) for name in resolved.task.needs}
 
 
 def grade_by_fingerprint(task, runs: list, needed: dict[str, Needed] | None = None) -> dict[str, dict]:
     """One verdict per fingerprint: cells of different machines are never mixed. Empty without runs."""
-    needed = needed or {}
+    task, needed = resolve_task(task), needed or {}
     everything = [*runs, *(run for need in needed.values() for run in need.runs)]
     return {
         fingerprint: grade_task(
@@ -190,7 +193,7 @@ def _grade_claim(
 def _concerned(evidence: Evidence, grade, controls: list[dict]) -> tuple[Evidence, list[dict]]:
     """What a claim of a comparison rests on: unpinned inputs and controls of the needed tasks whose arms it names."""
     task = evidence.task
-    if task.protocol != "compare":
+    if not kind_of(task).compares:
         return evidence, controls
     named = {need_of(task, name) for name in grade.contrast.names}
     unpinned = tuple(path for path in evidence.unpinned if path.partition(": ")[0] in named)

@@ -12,7 +12,8 @@ from typing import Any
 
 from suite.machine.environment import fingerprint, sampler_engine
 from suite.machine.memory import need_of, why_not
-from suite.spec.plan import plan
+from suite.spec.kinds import Kind, kind_of
+from suite.spec.plan import resolve_task
 from suite.spec.precision import CACHE_FORMATS, FORMATS
 
 GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware and ECC take their part
@@ -20,18 +21,19 @@ GPU_MEMORY_SLACK = 0.95  # a card sold as 80 GB shows 79.6 GiB or less: firmware
 
 def can_run(task, env: dict[str, Any]) -> str | None:
     """None where the machine meets `task.resources` and has the task's engines; otherwise the reason, for NOT_RUN."""
-    need = task.resources
-    cells = plan(task)
+    resolved = resolve_task(task)
+    need, kind, cells = resolved.task.resources, kind_of(resolved.task), resolved.cells
     checks = (
-        _gpu_reason(need, env), _disk_reason(need, env), _package_reason(task, env), unsupported_reason(cells), _cache_reason(cells, env),
-        memory_reason(task),
+        _gpu_reason(need, env), _disk_reason(need, env), _package_reason(kind, cells, env), unsupported_reason(kind, cells),
+        _cache_reason(cells, env), memory_reason(resolved),
     )  # fmt: skip
     return "; ".join(reason for reason in checks if reason) or None
 
 
 def can_rehearse(task, cells, env: dict[str, Any]) -> str | None:
     """The same for the cells of a rehearsal, which need no GPU."""
-    reasons = (_package_reason(task, env), unsupported_reason(cells), _cache_reason(cells, env))
+    kind = kind_of(task)
+    reasons = (_package_reason(kind, cells, env), unsupported_reason(kind, cells), _cache_reason(cells, env))
     return "; ".join(reason for reason in reasons if reason) or None
 
 
@@ -52,10 +54,11 @@ def _gpu_reason(need, env: dict[str, Any]) -> str | None:
 
 def memory_reason(task) -> str | None:
     """The cells of a GPU task that its own GPUs cannot hold, by the memory model: the first of each kind, and why."""
-    card = task.resources.gpu_mem_gib
-    if not task.resources.gpus or task.resources.cpu_ok:
+    resolved = resolve_task(task)
+    wanted, card = resolved.task.resources, resolved.task.resources.gpu_mem_gib
+    if not wanted.gpus or wanted.cpu_ok:
         return None
-    needs = ((cell, need_of(cell, card)) for cell in plan(task))
+    needs = ((cell, need_of(cell, card)) for cell in resolved.cells)
     reasons = {why: cell for cell, need in reversed(list(needs)) if need and (why := why_not(need, card))}
     return "; ".join(f"{cell.name}: {why}" for why, cell in reversed(reasons.items())) or None
 
@@ -66,9 +69,9 @@ def _disk_reason(need, env: dict[str, Any]) -> str | None:
     return f"needs {need.disk_gib:g} GiB of free disk; {env['disk_free_gib']:g} GiB are free where runs are written"
 
 
-def _package_reason(task, env: dict[str, Any]) -> str | None:
+def _package_reason(kind: Kind, cells, env: dict[str, Any]) -> str | None:
     here = {name.removesuffix("-cpu") for name in env["packages"]}
-    missing = [name for name in needed_packages(task) if name not in here]
+    missing = [name for name in needed_packages(kind, cells) if name not in here]
     return f"needs {', '.join(missing)}, not installed here: run `make setup`" if missing else None
 
 
@@ -80,17 +83,17 @@ def _cache_reason(cells, env: dict[str, Any]) -> str | None:
     return f"needs a GPU or a CPU with AVX-512 for precision.kv_cache ({', '.join(sorted(asked))}); this one is {env['cpu']['class']}"
 
 
-def unsupported_reason(cells) -> str | None:
+def unsupported_reason(kind: Kind, cells) -> str | None:
     """What any of the cells asks for that no engine of this version does; a setting that would be ignored is refused
     instead."""
-    found = dict.fromkeys(line for cell in cells for line in _unsupported(cell))
+    found = dict.fromkeys(line for cell in cells for line in _unsupported(kind, cell))
     return f"asks for {', '.join(found)}, which this version does not do yet" if found else None
 
 
-def _unsupported(cell) -> list[str]:
-    train, schedule = cell.settings.get("train") or {}, cell.settings.get("schedule") or {}
+def _unsupported(kind: Kind, cell) -> list[str]:
+    train = cell.settings.get("train") or {}
     parallel = {name: size for name, size in (train.get("parallel") or {}).items() if size and size > 1}
-    if schedule.get("steps"):  # RL runs on several ranks; other protocols deal whole cells out
+    if kind.trains:  # on several ranks; other protocols deal whole cells out
         parallel.pop("data", None)
     asked = {
         "train.parallel": ", ".join(f"{name} {size}" for name, size in parallel.items()),
@@ -105,11 +108,10 @@ def _unsupported(cell) -> list[str]:
 NEEDED_BY = {"vllm": "vllm", "moe": "megatron-core", "lora": "peft"}  # engine or setting -> distribution
 
 
-def needed_packages(task) -> list[str]:
-    """The distributions without which no cell of the task starts; none for protocols that only read data or records."""
-    if task.protocol in ("dataset", "compare"):
+def needed_packages(kind: Kind, cells) -> list[str]:
+    """The distributions without which none of these cells starts; none for protocols that only read data or records."""
+    if not kind.has_engines:
         return []
-    cells = plan(task)
     used = {cell.get(f"{section}.engine", None) for cell in cells for section in ("rollout", "train")}
     used |= {"lora" for cell in cells if cell.get("train.lora", None)}
     return ["torch", "transformers", *(name for feature, name in NEEDED_BY.items() if feature in used)]
@@ -214,6 +216,7 @@ def known_bad_findings(env: dict[str, Any]) -> list[dict[str, Any]]:
 
 def task_finding(task, env: dict[str, Any]) -> dict[str, Any]:
     """Can this machine run the task, and if not, why."""
-    reason = can_run(task, env)
+    resolved = resolve_task(task)
+    reason, task = can_run(resolved, env), resolved.task
     return finding(f"task {task.id}", reason is None, f"{task.tier}: {'runs here' if reason is None else 'not here'}",
                    reason or "")

@@ -24,6 +24,7 @@ from functools import partial
 
 from suite import signals
 from suite.errors import EXIT_ERROR, UserError, WorkersFailed
+from suite.spec.kinds import Kind
 from suite.spec.plan import Cell, canonical_json
 
 GRACE_SECONDS = 10  # for a worker to hear of an interrupt by itself
@@ -43,14 +44,14 @@ class Place:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def deal(cells: list[Cell], num: int) -> list[list[Cell]]:
-    """The cells in `num` blocks, or fewer, of about equal length. Cells whose rollouts are the same (offline: one sampler,
-    one launch) stay together, and cells of one sampler are neighbours.
+def deal(cells: list[Cell], num: int, kind: Kind) -> list[list[Cell]]:
+    """The cells in `num` blocks, or fewer, of about equal length. Cells whose rollouts are the same (without training:
+    one sampler, one launch) stay together, and cells of one sampler are neighbours.
     """
     samplers: dict[str, dict[str, list[Cell]]] = {}
     for cell in cells:
         sampler = canonical_json([cell.get(path, None) for path in ("model", "rollout", *ROLLOUT_POINTS)])
-        launch = canonical_json([cell.settings["data"], cell.seed, cell.name if cell.get("schedule.steps", None) else ""])
+        launch = canonical_json([cell.settings["data"], cell.seed, cell.name if kind.trains else ""])
         samplers.setdefault(sampler, {}).setdefault(launch, []).append(cell)
     launches = [launch for group in samplers.values() for launch in group.values()]
     num = min(num, len(launches))

@@ -60,6 +60,18 @@ PROMPT_SUM_COLUMNS = (
     "num_rewarded",
     "num_truncated",
 )
+# What rollouts add up to that no trainer scored: there is no pi, hence no r.
+SAMPLED_COLUMNS = (
+    "prompt_id",
+    "num_rollouts",
+    "num_response_tokens",
+    "sum_len_k",
+    "sum_len_k2",
+    "sum_reward",
+    "sum_reward2",
+    "num_rewarded",
+    "num_truncated",
+)
 SUMS = tuple(c for c in PROMPT_SUM_COLUMNS if c not in ("prompt_id", *MAXIMA, *MINIMA))
 
 Sums = dict[str, np.ndarray]
@@ -144,11 +156,12 @@ def prompt_sums(
     prompt_ids: Sequence | np.ndarray,
     num_tokens: Sequence | np.ndarray,
     rollout_logprobs: np.ndarray,
-    trainer_logprobs: np.ndarray,
+    trainer_logprobs: np.ndarray | None,
     rewards: Sequence | np.ndarray | None = None,
     truncated: Sequence | np.ndarray | None = None,
 ) -> Sums:
-    """One row of sums per distinct prompt, in order of first appearance: the columns of PROMPT_SUM_COLUMNS.
+    """One row of sums per distinct prompt, in order of first appearance: the columns of PROMPT_SUM_COLUMNS, or without
+    trainer_logprobs (None: nobody scored these rollouts) those of SAMPLED_COLUMNS.
 
     prompt_ids (N,), one per rollout; num_tokens (N,), response tokens of each, 0 allowed; rollout_logprobs and
     trainer_logprobs (sum of num_tokens,), nats, the rollouts' response tokens laid end to end. rewards (N,), nan =
@@ -163,17 +176,31 @@ def prompt_sums(
 
 def rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, truncated) -> Sums:
     """The columns of prompt_sums but prompt_id, one row per rollout; arguments and errors are those of prompt_sums."""
+    lengths = token_counts(num_tokens, finite_tokens("rollout_logprobs", rollout_logprobs).size)
+    scored = {} if trainer_logprobs is None else _scored_sums(lengths, rollout_logprobs, trainer_logprobs)
+    len_k = lengths / TOKENS_PER_K
+    reward, rewarded = _rewards(rewards, lengths.size)
+    return scored | {
+        "num_rollouts": np.ones_like(lengths),
+        "num_response_tokens": lengths,
+        "sum_len_k": len_k,
+        "sum_len_k2": len_k**2,
+        "sum_reward": reward,
+        "sum_reward2": reward**2,
+        "num_rewarded": rewarded.astype(np.int64),
+        "num_truncated": _flags(truncated, lengths.size),
+    }
+
+
+def _scored_sums(lengths: Int[np.ndarray, "N"], rollout_logprobs, trainer_logprobs) -> Sums:
+    """What only log pi gives, one row per rollout."""
     r = log_ratio(rollout_logprobs, trainer_logprobs)
-    lengths = token_counts(num_tokens, r.size)
     with np.errstate(over="ignore"):
         mult_prob_error = np.exp(np.abs(r))
     diff, k3_tokens = prob_diff(rollout_logprobs, trainer_logprobs), k3(r)
     out_of_band = (r < math.log(BAND[0])) | (r > math.log(BAND[1]))
-    seq, len_k = _segments(np.add, r, lengths, 0.0), lengths / TOKENS_PER_K
-    reward, rewarded = _rewards(rewards, lengths.size)
+    seq = _segments(np.add, r, lengths, 0.0)
     return {
-        "num_rollouts": np.ones_like(lengths),
-        "num_response_tokens": lengths,
         "sum_k1": -seq,
         "sum_k2": _segments(np.add, 0.5 * r * r, lengths, 0.0),
         "sum_k3": _segments(np.add, k3_tokens, lengths, 0.0),
@@ -185,15 +212,9 @@ def rollout_sums(num_tokens, rollout_logprobs, trainer_logprobs, rewards, trunca
         "max_prob_diff": _segments(np.maximum, diff, lengths, -np.inf),
         "min_prob_diff": _segments(np.minimum, diff, lengths, np.inf),
         "max_k3": _segments(np.maximum, k3_tokens, lengths, -np.inf),
-        "sum_len_k": len_k,
-        "sum_len_k2": len_k**2,
         "sum_seq_log_ratio": seq,
         "sum_seq_log_ratio2": seq**2,
-        "sum_len_k_x_seq_log_ratio": len_k * seq,
-        "sum_reward": reward,
-        "sum_reward2": reward**2,
-        "num_rewarded": rewarded.astype(np.int64),
-        "num_truncated": _flags(truncated, lengths.size),
+        "sum_len_k_x_seq_log_ratio": lengths / TOKENS_PER_K * seq,
     }
 
 
@@ -222,7 +243,7 @@ class RunningSums:
     """Prompt sums to which rows are added as they come, in memory for one row per prompt.
 
     Rows added in several calls give the bits that one call with all of them gives: every entry is added to, row by row,
-    in the order in which rows come.
+    in the order in which rows come. A column that some rows lack, as those of rollouts that no trainer scored, is left out.
     """
 
     def __init__(self):
@@ -232,14 +253,16 @@ class RunningSums:
     def add(self, keys: Sequence[str], rows: Mapping) -> None:
         """Rows with the same key become one row: sums add, maxima and minima are taken."""
         where = np.array([self._index.setdefault(key, len(self._index)) for key in keys], dtype=np.int64)
-        for column, (start, dtype, reduce) in _START.items():
-            old = self._columns[column]
-            out = np.concatenate([old, np.full(len(self._index) - len(old), start, dtype)])
-            reduce.at(out, where, np.asarray(rows[column], dtype=dtype))
-            self._columns[column] = out
+        self._columns = {name: self._joined(name, where, rows[name]) for name in self._columns if name in rows}
+
+    def _joined(self, column: str, where: np.ndarray, values) -> np.ndarray:
+        (start, dtype, reduce), old = _START[column], self._columns[column]
+        out = np.concatenate([old, np.full(len(self._index) - len(old), start, dtype)])
+        reduce.at(out, where, np.asarray(values, dtype=dtype))
+        return out
 
     def table(self) -> Sums:
-        """The columns of PROMPT_SUM_COLUMNS, a row per key in order of first appearance."""
+        """prompt_id and the columns that all rows have, a row per key in order of first appearance."""
         return {"prompt_id": np.array(list(self._index), dtype=object)} | {name: c.copy() for name, c in self._columns.items()}
 
 
@@ -261,13 +284,19 @@ def _merge_rows(keys: list[str], rows: Sums) -> Sums:
 
 def concat_sums(tables: Sequence) -> Sums:
     """Tables of prompt_sums laid together, rows of the same prompt merged, in order of first appearance. [] gives an
-    empty table."""
+    empty table. ValueError where one lacks a column, or some are of scored rollouts and others not."""
+    columns = PROMPT_SUM_COLUMNS if not tables or any(map(is_scored, tables)) else SAMPLED_COLUMNS
     for table in tables:
-        missing = [c for c in PROMPT_SUM_COLUMNS if c not in table]
+        missing = [c for c in columns if c not in table]
         if missing:
             raise ValueError(f"a table of prompt sums lacks the columns {missing}")
     keys = [str(key) for table in tables for key in table["prompt_id"]]
-    return _merge_rows(keys, {c: _stack([t[c] for t in tables]) for c in PROMPT_SUM_COLUMNS[1:]})
+    return _merge_rows(keys, {c: _stack([t[c] for t in tables]) for c in columns[1:]})
+
+
+def is_scored(sums: Mapping) -> bool:
+    """Whether these are sums of rollouts that a trainer scored."""
+    return any(column in sums for column in PROMPT_SUM_COLUMNS if column not in SAMPLED_COLUMNS)
 
 
 def _stack(parts: list[np.ndarray]) -> np.ndarray:
@@ -280,14 +309,21 @@ def _stack(parts: list[np.ndarray]) -> np.ndarray:
 def totals_of(sums: Mapping) -> dict:
     """Additive columns summed over prompts: what estimates_of_totals takes (the bootstrap makes its own, one per
     resample)."""
-    return {c: np.asarray(sums[c]).sum() for c in SUMS}
+    return {c: np.asarray(sums[c]).sum() for c in SUMS if c in sums}
 
 
 def estimates_of_totals(totals: Mapping) -> dict:
     """Every estimate that is a function of additive totals; elementwise over totals of any shape. nan where it is
-    undefined."""
+    undefined; without the totals of scored rollouts only what needs no pi."""
     t = {name: np.asarray(value, dtype=np.float64) for name, value in totals.items()}
     tokens, rollouts = t["num_response_tokens"], t["num_rollouts"]
+    sampled = {
+        "response_tokens_mean": _ratio(tokens, rollouts),
+        "reward_mean": _ratio(t["sum_reward"], t["num_rewarded"]),
+        "truncated_share": _ratio(t["num_truncated"], rollouts),
+    }
+    if not is_scored(t):
+        return sampled
     slope, intercept = _least_squares(t)
     return {
         "k1_nats_per_token": _ratio(t["sum_k1"], tokens),
@@ -301,10 +337,7 @@ def estimates_of_totals(totals: Mapping) -> dict:
         "seq_kl_k1_nats": _ratio(-t["sum_seq_log_ratio"], rollouts),
         "seq_slope_nats_per_1k_tokens": slope,
         "seq_intercept_nats": intercept,
-        "response_tokens_mean": _ratio(tokens, rollouts),
-        "reward_mean": _ratio(t["sum_reward"], t["num_rewarded"]),
-        "truncated_share": _ratio(t["num_truncated"], rollouts),
-    }
+    } | sampled
 
 
 def _ratio(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray:
@@ -327,12 +360,14 @@ def _least_squares(t: dict) -> tuple:
 
 def estimates(sums: Mapping) -> dict[str, float | None]:
     """Every metric that prompt sums can give, named as in ESTIMANDS; pooled over tokens (or sequences), not averaged
-    over prompts.
+    over prompts. Sums of rollouts that no trainer scored give the three that need no pi.
 
     None where there is nothing to estimate from: no token, no reward, all lengths equal, a share of a total that is
     zero.
     """
     values = {name: float(value) for name, value in estimates_of_totals(totals_of(sums)).items()}
+    if not is_scored(sums):
+        return {name: None if math.isnan(value) else value for name, value in values.items()}
     has_tokens = int(np.asarray(sums["num_response_tokens"]).sum()) > 0
     if has_tokens:
         values["prob_diff_max"] = float(np.max(sums["max_prob_diff"]))

@@ -3,7 +3,7 @@
     for each batch of problems        sample n responses of each -> reward -> record
     at the end                        accuracy per problem; keep those in data.keep_accuracy; write kept.json
 
-Nothing is trained and nothing is scored: the evidence holds the sampler's log-probs on both sides. kept.json in the
+Nothing is trained and nothing is scored: the evidence holds the sampler's log-probs and no others. kept.json in the
 run folder is the set that RL tasks name in `data.kept`, once it is copied into baselines/ with its hash. Where the task
 names a `data.reference`, the run also counts how many of its problems were kept again.
 """
@@ -20,7 +20,7 @@ from suite.problems.data import Prompt, load_prompts
 from suite.problems.kept import KeptProblem, in_band, problem_texts, write_kept
 from suite.protocols.engine_pool import Engines, run_one_by_one
 from suite.protocols.evidence import evidence_table
-from suite.protocols.offline import DEFAULT_PROMPTS_PER_BATCH, WITHOUT_TRAINER
+from suite.protocols.offline import DEFAULT_PROMPTS_PER_BATCH
 from suite.protocols.session import Session
 from suite.record.evidence import summarise
 from suite.record.run import read_evidence
@@ -49,11 +49,10 @@ def sample_all(cell: Cell, prompts: list[Prompt], writer: RunWriter, engines: En
         rollouts = engines.sampler.sample(engines.requests(batch, cell.seed))
         seconds = round(time.perf_counter() - started, 4)
         rewards = engines.reward(rollouts, batch)
-        evidence = evidence_table(rollouts, [rollout.rollout_logprobs for rollout in rollouts], index, rewards)
-        values = estimates(summarise(evidence))
+        evidence = evidence_table(rollouts, None, index, rewards)
         row = {"step": index, "num_rollouts": len(rollouts), "t_sample_s": seconds}
         row["num_response_tokens"] = sum(rollout.num_response_tokens for rollout in rollouts)
-        writer.append(row | {name: values[name] for name in WITHOUT_TRAINER}, evidence)
+        writer.append(row | estimates(summarise(evidence)), evidence)
         writer.note_executed(engines.executed())
         writer.note_weights(engines.weights)
         session.progress(cell.name, index + 1, len(batches), f"accuracy {np.mean(rewards):.3f}")
@@ -72,8 +71,7 @@ def finish(cell: Cell, prompts: list[Prompt], writer: RunWriter) -> None:
     pool = {name: cell.get(f"data.{name}", None) for name in ("id", "revision", "num_terms", "num_prompts", "seed")}
     origin = {"task": cell.task_id, "cell": cell.name, "data": pool}
     write_kept(writer.folder / KEPT_NAME, kept, samples_per_prompt=num_samples, keep_accuracy=list(band), **origin)
-    values = estimates(sums)
-    series = {name: values[name] for name in WITHOUT_TRAINER} | filter_counts(kept, len(prompts), num_samples)
+    series = estimates(sums) | filter_counts(kept, len(prompts), num_samples)
     series |= _overlap(cell, kept, writer)
     counts = {
         "num_prompts": len(prompts),

@@ -28,6 +28,7 @@ from suite.protocols.session import Session
 from suite.record.evidence import flat, num_response_tokens, summarise
 from suite.record.run import Run, read_evidence
 from suite.record.writer import RunWriter
+from suite.spec.kinds import kind_of
 from suite.spec.plan import Cell
 
 DEFAULT_PROMPTS_PER_BATCH = 32
@@ -58,7 +59,7 @@ def run(cells: list[Cell], session: Session) -> None:
                 _run_batch(index, [launch for launch in launches if launch.behind(index)], engines, session)
             for launch in launches:
                 for cell, writer in launch.writers:
-                    _finish(writer, scored=session.task.protocol == "offline_mismatch")
+                    _finish(writer, scored=kind_of(session.task).has_trainer)
         except BaseException as error:
             for writer in writers:
                 if writer.is_open:
@@ -93,7 +94,7 @@ def _run_batch(index: int, launches: list[Launch], engines: Engines, session: Se
     rollouts = iter(engines.sampler.sample([request for part in requests for request in part]))
     seconds = (time.perf_counter() - started) / len(launches)
     for launch, part in zip(launches, requests, strict=True):
-        scored = session.task.protocol == "offline_mismatch"
+        scored = kind_of(session.task).has_trainer
         _score_and_append(index, launch, list(islice(rollouts, len(part))), seconds, engines, scored)
         for cell, writer in launch.writers:
             k3 = writer.metrics[index].get("k3_nats_per_token")
@@ -108,14 +109,12 @@ def _score_and_append(index: int, launch: Launch, rollouts: list[Rollout], sampl
     chosen = engines.sampler.expert_choices(told) if scored else None
     for cell, writer in launch.behind(index):
         trainer, started = (engines.trainer(cell) if scored else None), time.perf_counter()
-        # without a trainer there is no pi: its log-probs are set to those of mu, and no mismatch metric is reported
-        logprobs, entropies = [rollout.rollout_logprobs for rollout in rollouts], None
         if trainer:
             replay(cell.settings["train"], told, chosen, trainer)
-            logprobs, entropies = trainer.score_and_entropy(sequences)
+        logprobs, entropies = trainer.score_and_entropy(sequences) if trainer else (None, None)
         seconds = {"t_sample_s": round(sample_seconds, 4), "t_score_s": round(time.perf_counter() - started, 4)}
         evidence = evidence_table(rollouts, logprobs, step=index, rewards=rewards, trainer_entropies=entropies)
-        row = _metrics(index, evidence, has_trainer=trainer is not None)
+        row = _metrics(index, evidence)
         if trainer and index == 0:
             row |= _full_vocabulary(engines.scorable(rollouts[:NUM_FULL_SEQUENCES]), engines, trainer)
         if trainer:
@@ -137,13 +136,9 @@ def _full_vocabulary(sequences: list, engines: Engines, trainer) -> dict:
     return {"full_vocab_kl_nats_per_token": float(kl.mean()) if kl.size else None}
 
 
-WITHOUT_TRAINER = ("response_tokens_mean", "reward_mean", "truncated_share")
-
-
-def _metrics(index: int, evidence, has_trainer: bool) -> dict:
+def _metrics(index: int, evidence) -> dict:
     """One line of metrics.jsonl. entropy_nats is the mean of -log mu over the sampled tokens."""
     values = estimates(summarise(evidence))
-    values = values if has_trainer else {name: values[name] for name in WITHOUT_TRAINER}
     logprobs = flat(evidence, "rollout_logprobs")
     counts = {"step": index, "num_rollouts": evidence.num_rows, "num_response_tokens": int(logprobs.size)}
     return counts | values | {"entropy_nats": float(-logprobs.mean()) if logprobs.size else None}
@@ -163,9 +158,7 @@ def _finish(writer: RunWriter, scored: bool) -> None:
     evidence = read_evidence(writer.folder)
     sums = summarise(evidence)
     series = estimates(sums)
-    if not scored:
-        series = {name: series[name] for name in WITHOUT_TRAINER}
-    else:
+    if scored:
         rollout, trainer = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
         series |= token_statistics(rollout, trainer, num_response_tokens(evidence))
         series |= _routing(writer.metrics)

@@ -11,7 +11,8 @@ import dataclasses
 import re
 
 from suite.errors import UserError
-from suite.spec.plan import Cell, plan
+from suite.spec.kinds import kind_of
+from suite.spec.plan import Cell, ResolvedTask, resolve_task
 from suite.spec.task import Task
 
 STEPS = 2
@@ -22,12 +23,14 @@ NUM_TERMS = (12, 16)  # half of the answers are wrong: groups disagree, and ther
 PROMPTS, SAMPLES, BATCH = 4, 4, 4
 
 
-def rehearsal(task: Task) -> list[Cell]:
+def rehearsal(task: Task | ResolvedTask) -> list[Cell]:
     """The first seed of every arm, grid point and control, cut down. Raises UserError for a task without engines."""
-    if task.protocol in ("dataset", "compare"):
+    resolved = resolve_task(task)
+    task = resolved.task
+    if not kind_of(task).has_engines:
         raise UserError(f"found {task.id} (protocol {task.protocol}), allowed: a task that runs an engine")
     first: dict[tuple, Cell] = {}
-    for cell in plan(task):
+    for cell in resolved.cells:
         first.setdefault((cell.arm, str(cell.point)), cell)
     return [dataclasses.replace(cell, settings=cut_down(cell.settings)) for cell in first.values()]
 

@@ -1,4 +1,4 @@
-"""Run the cells of a task: each into a run folder of its own, by the module of the task's protocol."""
+"""Run the cells of a task: each into a run folder of its own, by the module of the task's protocol (suite/spec/kinds.py)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,9 @@ from suite.machine import environment
 from suite.protocols.session import RANK_ERROR, Session
 from suite.record.run import Run, read_run
 from suite.record.writer import RunWriter, SilentWriter, open_run
+from suite.spec.kinds import kind_of
 from suite.spec.plan import Cell
 from suite.spec.task import Task
-
-MODULES = {
-    "offline_mismatch": "suite.protocols.offline",
-    "offline_accuracy": "suite.protocols.offline",
-    "rl": "suite.protocols.rl",
-    "filter": "suite.protocols.filter",
-    "dataset": "suite.protocols.dataset",
-}
 
 
 def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None = None, fresh: bool = False,
@@ -36,13 +29,13 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
     """
     machine = environment.collect(runs_dir)
     fingerprint = environment.fingerprint(machine)
-    has_evidence, opened = task.protocol != "dataset", []
+    kind, opened = kind_of(task), []
 
     def open_cell(cell: Cell) -> RunWriter | Run:
         found = None
         if ranks.is_first:
             with signals.held():  # no writer without somebody who closes it
-                found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=has_evidence)
+                found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=kind.evidence != "none")
                 opened.append(found)
             if isinstance(found, RunWriter):
                 (found.folder / RANK_ERROR).unlink(missing_ok=True)  # of an attempt whose rank 0 was killed as well
@@ -53,8 +46,7 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
         progress(*done, **more)
 
     try:
-        protocol = importlib.import_module(MODULES[task.protocol])
-        protocol.run(cells, Session(task, limit, tell, open_cell, ranks))
+        importlib.import_module(kind.module).run(cells, Session(task, limit, tell, open_cell, ranks))
     except BaseException as error:
         for writer in opened:
             if isinstance(writer, RunWriter) and writer.is_open:

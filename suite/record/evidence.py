@@ -21,6 +21,11 @@ def flat(evidence: pa.Table, column: str) -> np.ndarray:
     return np.asarray(evidence[column].combine_chunks().flatten().to_numpy(zero_copy_only=False), np.float64)
 
 
+def is_scored(evidence: pa.Table) -> bool:
+    """Whether a trainer scored these rollouts, all of them. Without one the column is null; 0.0 would be a measurement."""
+    return is_thinned(evidence) or evidence["trainer_logprobs"].null_count == 0
+
+
 def num_response_tokens(evidence: pa.Table) -> np.ndarray:
     return evidence["rollout_logprobs"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
 
@@ -57,12 +62,14 @@ def rollout_rows(evidence: pa.Table) -> tuple[list[str], dict[str, np.ndarray]]:
         return prompts, {name: evidence[name].to_numpy() for name in PROMPT_SUM_COLUMNS[1:]}
     rewards = evidence["reward"].to_numpy().astype(np.float64)
     truncated = pc.fill_null(pc.equal(evidence["finish_reason"], "length"), False).to_numpy()
-    logprobs = flat(evidence, "rollout_logprobs"), flat(evidence, "trainer_logprobs")
-    return prompts, rollout_sums(num_response_tokens(evidence), *logprobs, rewards, truncated)
+    log_mu = flat(evidence, "rollout_logprobs")
+    log_pi = flat(evidence, "trainer_logprobs") if is_scored(evidence) else None
+    return prompts, rollout_sums(num_response_tokens(evidence), log_mu, log_pi, rewards, truncated)
 
 
 def summarise(evidence: pa.Table) -> dict[str, np.ndarray]:
-    """Per-prompt sums (mismatch.PROMPT_SUM_COLUMNS) of an evidence table."""
+    """Per-prompt sums of an evidence table: mismatch.PROMPT_SUM_COLUMNS, of which rollouts that no trainer scored have
+    mismatch.SAMPLED_COLUMNS."""
     running = RunningSums()
     running.add(*rollout_rows(evidence))
     return running.table()

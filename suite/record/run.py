@@ -4,7 +4,7 @@
         record.json                what ran, where, in which precision, how it ended; holds its own hash
         metrics.jsonl              one line per part (prompt batch or RL step), fsynced: what grading reads (suite/record/lines.py)
         evidence/part-00000.parquet   one row per rollout, one file per part, each written atomically
-        evidence_summary.parquet   per-prompt sums of all evidence (columns: mismatch.PROMPT_SUM_COLUMNS)
+        evidence_summary.parquet   per-prompt sums of all evidence (columns: evidence.summarise)
         MANIFEST.sha256            of a finished run: every file with its hash; an unlisted file is an error
 
 Published runs, in results/, have metrics.jsonl.gz; their manifest is that of the folder above, and `verify` checks it.
@@ -51,7 +51,7 @@ EVIDENCE_SCHEMA = pa.schema(
         ("token_ids", pa.list_(pa.int32())),  # prompt, then response
         ("num_prompt_tokens", pa.int32()),
         ("rollout_logprobs", pa.list_(pa.float32())),  # log mu of the response tokens, nats
-        ("trainer_logprobs", pa.list_(pa.float32())),  # log pi of the response tokens, nats
+        ("trainer_logprobs", pa.list_(pa.float32())),  # log pi of the response tokens, nats; null without a trainer
         ("finish_reason", pa.string()),  # stop | length
         ("reward", pa.float32()),  # NaN = not rewarded
         ("trainer_entropies", pa.list_(pa.float32())),  # entropy of pi where each response token was drawn, nats; or null

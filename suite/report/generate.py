@@ -20,6 +20,7 @@ from suite.report.figures import plots
 from suite.report.findings import findings
 from suite.report.mixtures import mixtures_markdown
 from suite.report.rows import result_rows
+from suite.spec.kinds import kind_of
 
 
 def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
@@ -29,7 +30,8 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     for folder in fingerprint_folders(results_dir):
         with records_of(folder):
             runs = published_runs(results_dir, folder.parent.name, folder.name)
-            drawn = plots.figures(folder.parent.name, runs)
+            task = tasks.get(folder.parent.name)
+            drawn = plots.figures(kind_of(task), runs) if task else []
             matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
             verdicts.append(read_verdict(folder / VERDICT))
         place = folder.relative_to(results_dir).as_posix()

@@ -7,16 +7,17 @@ from tabulate import tabulate
 from suite.grade.arms import arm_label
 from suite.report.escaping import escape_markdown
 from suite.report.tables import number
+from suite.spec.kinds import kind_of
 
 ROUTING = "routing_disagreement"
 METRICS = {"k3_nats_per_token": "k3, nats per token", "prob_diff_mean": "mean abs(π − μ)", ROUTING: "other experts, share of token-layer pairs"}
-PROTOCOL = "offline_mismatch"  # no weight changes, so two models differ in nothing but themselves
 
 
 def mixtures_markdown(verdicts: list[dict], tasks: dict) -> list[str]:
     """One section per fingerprint on which a mixture was published: the mixtures' rows and, of dense models, those of the
-    tasks whose arms are all arms of a mixture's. Empty without a mixture."""
-    offline = [one for one in verdicts if one["task"] in tasks and tasks[one["task"]].protocol == PROTOCOL and one.get("metrics")]
+    tasks whose arms are all arms of a mixture's. Empty without a mixture. Only of protocols in which no weight changes: two
+    models then differ in nothing but themselves."""
+    offline = [one for one in verdicts if one["task"] in tasks and kind_of(tasks[one["task"]]).trainer == "scores" and one.get("metrics")]
     sections = []
     for fingerprint in sorted({one["fingerprint"] for one in offline}):
         here = sorted((one for one in offline if one["fingerprint"] == fingerprint), key=lambda one: one["task"])

@@ -13,7 +13,7 @@ import numpy as np
 from tabulate import tabulate
 
 from suite.grade.arms import arm_label
-from suite.measure.mismatch import estimates
+from suite.measure.mismatch import estimates, is_scored
 from suite.record.run import Run
 from suite.report.escaping import escape_csv, escape_latex, escape_markdown
 from suite.report.rows import TIERS, Row, headlines
@@ -189,7 +189,7 @@ def matrices(runs: list[Run]) -> list[Matrix]:
     groups = defaultdict(list)
     for run in runs:
         pair = precision_pair(run)
-        if not run.is_control and run.summary is not None and set(pair) <= set(PRECISIONS):
+        if not run.is_control and run.summary is not None and is_scored(run.summary) and set(pair) <= set(PRECISIONS):
             groups[point_label(run), pair].append(estimates(run.summary))
     points = sorted({point for point, _ in groups})
     if len({pair for _, pair in groups}) < len(PRECISIONS) ** 2:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.errors import TaskError
+from suite.spec.kinds import KINDS
 from suite.spec.strict_yaml import view_yaml
 from suite.spec.task_errors import origin
 
@@ -197,7 +198,8 @@ def _values(kind: ClaimType, body: dict, task: dict, layers: list, key: str) -> 
 def _no_arm(parameter: Parameter, value: Any, task: dict) -> str | None:
     """The arms and controls there are, where this is none of them. Those of a comparison stand in other files."""
     arms, controls = task.get("arms"), task.get("controls", [])
-    if parameter.type != "arm" or task.get("protocol") == "compare" or not isinstance(arms, dict):
+    elsewhere = any(kind.compares and kind.name == task.get("protocol") for kind in KINDS.values())
+    if parameter.type != "arm" or elsewhere or not isinstance(arms, dict):
         return None
     there = [*arms, *(one.get("name") for one in controls if isinstance(one, dict))] if isinstance(controls, list) else [*arms]
     return None if value in there else f"an arm or control: {', '.join(map(str, there))}"

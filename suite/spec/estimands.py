@@ -205,11 +205,3 @@ TRAINING = (
     "sync_probe_k3", "sync_probe_logprob_diff_mean", "t_train_s", "t_sync_s", "t_rest_s",
 )  # fmt: skip
 SCORING_ESTIMANDS = {name: row for name, row in ESTIMANDS.items() if name not in TRAINING}
-_BY_PROTOCOL = {
-    "dataset": DATASET_ESTIMANDS, "filter": FILTER_ESTIMANDS, "offline_accuracy": SAMPLER_ESTIMANDS, "offline_mismatch": SCORING_ESTIMANDS,
-}  # fmt: skip
-
-
-def estimands_of(protocol: str) -> dict[str, Estimand]:
-    """What a task of this protocol can name."""
-    return _BY_PROTOCOL.get(protocol, ESTIMANDS)

@@ -6,18 +6,24 @@ seed. Paths, host names, budgets, titles and the grade block do not enter, so re
 makes a run stale. No torch.
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from suite.errors import TaskError
-from suite.spec.settings import REQUIRED, SECTIONS, Settings
+from suite.spec.checkout import base_folder
+from suite.spec.kinds import kind_of
+from suite.spec.settings import SECTIONS, Settings
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import Control, Task, axis_label, deep_merge
+from suite.spec.task import Task, axis_label, deep_merge, read_task
 from suite.spec.task_errors import explain
 
 _MISSING = object()
@@ -75,20 +81,99 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def plan(task: Task) -> list[Cell]:
+Point = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class ResolvedTask:
+    """A task with everything that follows from its file, worked out once and handed to whoever checks, runs or grades it.
+
+    cells: in the order in which they run; none of a task that only compares. needed: the tasks in `needs` that lie beside it
+    and resolve, by id; these have no `needed` of their own.
+    """
+
+    task: Task
+    cells: tuple[Cell, ...]
+    settings: dict[tuple[str, str], dict[str, Any]] = field(repr=False)  # of `settings_by`
+    needed: dict[str, ResolvedTask] = field(default_factory=dict, repr=False)
+
+    def settings_by(self, name: str, point: Point = ()) -> dict[str, Any]:
+        """The settings of an arm or control at a grid point. KeyError where the task has no such cell."""
+        return self.settings[name, canonical_json(point)]
+
+    def at_every_point(self, name: str) -> list[dict[str, Any]]:
+        """The settings of an arm or control at each of its grid points."""
+        return [settings for (arm, _), settings in self.settings.items() if arm == name]
+
+
+def resolve_task(task: Task | ResolvedTask) -> ResolvedTask:
+    """The task resolved; one that is resolved already as it is. Raises TaskErrors with all that does not resolve, each key
+    once."""
+    if isinstance(task, ResolvedTask):
+        return task
+    needed = {}
+    for need in needed_tasks(task):
+        with contextlib.suppress(TaskErrors):
+            needed[need.id] = _resolved(need, {})
+    return _resolved(task, needed)
+
+
+def plan(task: Task | ResolvedTask) -> list[Cell]:
     """All cells of a task: arms x grid x seeds, then controls x seeds. Raises TaskErrors where a cell does not resolve.
 
-    A dataset or compare task without arms has one cell named after its protocol; compare tasks have none.
+    A task of a protocol without arms has one cell named after the protocol; one that only compares has none.
     """
-    if task.protocol == "compare":
-        return []
-    cells = [
-        _cell(task, arm, point, seed, settings) for arm, point, settings in _resolved_arms(task) for seed in task.seeds
-    ]
-    for control in task.controls:
-        for point, settings in _resolved_control(task, control):
-            cells += [_cell(task, control.name, point, seed, settings, True) for seed in control.seeds]
-    return cells
+    return list(task.cells if isinstance(task, ResolvedTask) else _resolved(task, {}).cells)
+
+
+def needed_tasks(task: Task) -> list[Task]:
+    """The tasks in `needs` as they lie beside this one; validate reports one that is missing or cannot be read."""
+    beside = tasks_beside(task) if task.needs else {}
+    found = [read_task(path)[0] for name, path in beside.items() if name in task.needs]
+    return [need for need in found if need is not None]
+
+
+def tasks_beside(task: Task) -> dict[str, Path]:
+    """id -> file of the tasks in the same checkout."""
+    files = base_folder(task.file).parent.glob("*/*.yaml")
+    return {path.stem: path for path in sorted(files) if not path.parent.name.startswith("_")}
+
+
+def _resolved(task: Task, needed: dict[str, ResolvedTask]) -> ResolvedTask:
+    """Equal settings, as of an A/A control and its arm, are resolved once."""
+    errors: dict[str, TaskError] = {}
+    known: dict[str, dict[str, Any]] = {}
+    settings, cells = {}, []
+    for name, overrides, points, seeds, key in _parts(task):
+        for point in points:
+            raw = _raw(task, overrides, point)
+            text = canonical_json(raw)
+            try:
+                known[text] = known.get(text) or resolve(task, raw, key)
+            except TaskErrors as found:
+                errors |= {error.key: error for error in found.errors if error.key not in errors}
+                continue
+            settings[name, canonical_json(point)] = known[text]
+            is_control = key.startswith("controls.")
+            cells += [Cell(task.id, task.version, name, point, seed, known[text], is_control) for seed in seeds]
+        if errors and key == "arms." + arm_names(task)[-1]:
+            break  # a control would only echo its arm
+    if errors:
+        raise TaskErrors(list(errors.values()))
+    return ResolvedTask(task, tuple(cells), settings, needed)
+
+
+def _parts(task: Task):
+    """(name, overrides, grid points, seeds, key for errors) of every arm, then of every control."""
+    if kind_of(task).compares:
+        return
+    points = grid_points(task)
+    for arm in arm_names(task):
+        yield arm, task.arms.get(arm, {}), points, task.seeds, f"arms.{arm}"
+    for control in task.controls:  # at its own grid point, or at every one when `at` names none
+        its = [point for point in points if all(dict(point)[path] == value for path, value in control.at.items() if path in dict(point))]
+        overrides = deep_merge(task.arms.get(control.like, {}), control.set)
+        yield control.name, overrides, its, control.seeds, f"controls.{control.name}"
 
 
 def arm_names(task: Task) -> tuple[str, ...]:
@@ -102,24 +187,26 @@ def grid_points(task: Task) -> list[tuple[tuple[str, Any], ...]]:
     return list(itertools.product(*axes))
 
 
-def resolve(task: Task, overrides: dict, point: tuple[tuple[str, Any], ...] = (), key: str = "arms") -> dict[str, Any]:
-    """Base settings, overridden, at one grid point: plain data with defaults filled in. Raises TaskErrors, keys
-    prefixed with `key`.
-    """
-    raw = deep_merge(_written(task), overrides)
-    for path, value in point:
-        raw = deep_merge(raw, _nested(path, value))
-    file = task.file
+def resolve(task: Task, raw: dict, key: str = "arms") -> dict[str, Any]:
+    """Settings as the files say them to plain data with defaults filled in. Raises TaskErrors, keys prefixed with `key`."""
     try:
         settings = Settings.model_validate_json(json.dumps(raw), strict=True).model_dump(mode="json")
     except ValidationError as problem:
-        raise TaskErrors(explain(problem, raw, Settings, [(file, raw)], f"{key}.")) from None
-    missing = [path for path in REQUIRED[task.protocol] if read_path(settings, path, None) is None]
+        raise TaskErrors(explain(problem, raw, Settings, [(task.file, raw)], f"{key}.")) from None
+    missing = [path for path in kind_of(task).required if read_path(settings, path, None) is None]
     if missing:
         raise TaskErrors(
-            [TaskError(file, f"{key}.{path}", "nothing", f"a value ({task.protocol} needs it)") for path in missing]
+            [TaskError(task.file, f"{key}.{path}", "nothing", f"a value ({task.protocol} needs it)") for path in missing]
         )
     return settings
+
+
+def _raw(task: Task, overrides: dict, point: Point) -> dict:
+    """Base settings as written, overridden, at one grid point."""
+    raw = deep_merge(_written(task), overrides)
+    for path, value in point:
+        raw = deep_merge(raw, _nested(path, value))
+    return raw
 
 
 def differing_paths(left: dict, right: dict, prefix: str = "") -> list[str]:
@@ -134,23 +221,26 @@ def differing_paths(left: dict, right: dict, prefix: str = "") -> list[str]:
     return paths
 
 
-def one_factor_errors(task: Task) -> list[TaskError]:
-    """Arms that differ outside `vary`, and arms that do not differ at all."""
-    file = task.file
-    arms = {arm: resolve(task, task.arms.get(arm, {}), key=f"arms.{arm}") for arm in task.arms}
-    errors = []
-    for (first, left), (second, right) in itertools.combinations(arms.items(), 2):
-        paths = differing_paths(left, right)
-        outside = [path for path in paths if not any(path == vary or path.startswith(vary + ".") for vary in task.vary)]
-        for path in outside:
-            found = f"{first}: {read_path(left, path, None)!r}, {second}: {read_path(right, path, None)!r}"
-            allowed = "arms that differ only in vary: " + (", ".join(task.vary) or "(empty)")
-            errors.append(TaskError(file, f"arms.{second}.{path}", found, allowed))
-        if not paths:
-            errors.append(
-                TaskError(file, f"arms.{second}", f"the settings of {first}", "arms that differ", "use a control-aa")
-            )
-    return errors
+def one_factor_errors(task: Task | ResolvedTask) -> list[TaskError]:
+    """Arms that differ outside `vary` at some grid point, and arms that do not differ at all."""
+    resolved, errors = resolve_task(task), {}
+    task = resolved.task
+    for point in grid_points(task):
+        arms = {arm: resolved.settings_by(arm, point) for arm in task.arms}
+        for (first, left), (second, right) in itertools.combinations(arms.items(), 2):
+            paths = differing_paths(left, right)
+            for path in (path for path in paths if not _covered(path, task.vary)):
+                found = f"{first}: {read_path(left, path, None)!r}, {second}: {read_path(right, path, None)!r}"
+                allowed = "arms that differ only in vary: " + (", ".join(task.vary) or "(empty)")
+                errors.setdefault((first, second, path), TaskError(task.file, f"arms.{second}.{path}", found, allowed))
+            if not paths:
+                found = (f"arms.{second}", f"the settings of {first}", "arms that differ", "use a control-aa")
+                errors.setdefault((first, second, ""), TaskError(task.file, *found))
+    return list(errors.values())
+
+
+def _covered(path: str, vary: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(name + ".") for name in vary)
 
 
 def read_path(settings: dict, path: str, default: Any = _MISSING) -> Any:
@@ -167,24 +257,6 @@ def read_path(settings: dict, path: str, default: Any = _MISSING) -> Any:
             return default
         value = value[part]
     return default if value is None and default is not _MISSING else value
-
-
-def _cell(task: Task, arm: str, point, seed: int, settings: dict, is_control: bool = False) -> Cell:
-    return Cell(task.id, task.version, arm, point, seed, settings, is_control)
-
-
-def _resolved_arms(task: Task):
-    for arm in arm_names(task):
-        for point in grid_points(task):
-            yield arm, point, resolve(task, task.arms.get(arm, {}), point, f"arms.{arm}")
-
-
-def _resolved_control(task: Task, control: Control):
-    """A control runs at its own grid point, or at every one when `at` names none."""
-    overrides = deep_merge(task.arms.get(control.like, {}), control.set)
-    for point in grid_points(task):
-        if all(dict(point)[path] == value for path, value in control.at.items() if path in dict(point)):
-            yield point, resolve(task, overrides, point, f"controls.{control.name}")
 
 
 def _written(task: Task) -> dict:

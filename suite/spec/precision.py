@@ -100,14 +100,6 @@ CONTRACT = {
 }
 ALWAYS_FP32 = ("master_weights", "optimizer_state")
 
-# what a run of a protocol must say; other protocols run no engine
-MUST_SAY = {
-    "offline_mismatch": ("rollout_weights", "kv_cache", "rollout_logits", "compute", "trainer_head"),
-    "offline_accuracy": ("rollout_weights", "kv_cache", "rollout_logits"),
-    "filter": ("rollout_weights", "kv_cache", "rollout_logits"),
-    "rl": (*CONTRACT, "master_weights"),
-}
-
 
 def contract_breaches(asked: dict, executed: dict) -> list[str]:
     """One sentence per point at which an engine ran in another dtype than its arm says; such a run is INVALID.
@@ -124,11 +116,12 @@ def contract_breaches(asked: dict, executed: dict) -> list[str]:
     ]
 
 
-def breaches_of(protocol: str, asked: dict, executed: dict) -> list[str]:
-    """All that makes a run INVALID for its precision: other dtypes than asked for, and points of which it does not say."""
-    return contract_breaches(asked, executed) + [f"{point}: not recorded" for point in unsaid_points(protocol, executed)]
+def breaches_of(must_say: tuple[str, ...], asked: dict, executed: dict) -> list[str]:
+    """All that makes a run INVALID for its precision: other dtypes than asked for, and points that it must say and does
+    not."""
+    return contract_breaches(asked, executed) + [f"{point}: not recorded" for point in unsaid_points(must_say, executed)]
 
 
-def unsaid_points(protocol: str, executed: dict) -> list[str]:
-    """The points of the pipeline at which a run of this protocol must say what it ran in, and does not."""
-    return [point for point in MUST_SAY.get(protocol, ()) if point not in executed]
+def unsaid_points(must_say: tuple[str, ...], executed: dict) -> list[str]:
+    """The points of the pipeline at which a run must say what it ran in (Kind.must_say), and does not."""
+    return [point for point in must_say if point not in executed]

@@ -1,8 +1,8 @@
 """The settings of a task, section by section: the whole vocabulary in which a cell can be described. A key that is
 not here is refused.
 
-Fields default to null (not said) or to "off"; what a protocol cannot do without is listed in REQUIRED and checked on
-every resolved cell, because arms and grid points may supply it. No torch.
+Fields default to null (not said) or to "off"; what a protocol cannot do without stands in its row of
+kinds.py and is checked on every resolved cell, because arms and grid points may supply it. No torch.
 """
 
 from typing import Annotated, Literal
@@ -27,71 +27,6 @@ Natural = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 SECTIONS = ("model", "data", "rollout", "train", "precision", "algorithm", "schedule")
-# What must stand in every resolved cell of a protocol; everything else may be left out.
-REQUIRED = {
-    "offline_mismatch": (
-        "model.family",
-        "model.sha256",
-        "data.id",
-        "data.template",
-        "rollout.engine",
-        "rollout.samples_per_prompt",
-        "rollout.temperature",
-        "rollout.top_p",
-        "rollout.max_tokens",
-        "train.engine",
-        "train.score_batch_size",
-        "precision.rollout",
-        "precision.train",
-    ),
-    "offline_accuracy": (
-        "model.family",
-        "model.sha256",
-        "data.id",
-        "data.template",
-        "rollout.engine",
-        "rollout.samples_per_prompt",
-        "rollout.temperature",
-        "rollout.top_p",
-        "rollout.max_tokens",
-        "precision.rollout",
-    ),
-    "dataset": ("data.id",),
-    "filter": (
-        "model.family",
-        "model.sha256",
-        "data.id",
-        "data.template",
-        "data.keep_accuracy",
-        "rollout.engine",
-        "rollout.samples_per_prompt",
-        "rollout.temperature",
-        "rollout.top_p",
-        "rollout.max_tokens",
-        "precision.rollout",
-    ),
-    "rl": (
-        "model.family",
-        "model.sha256",
-        "data.id",
-        "data.template",
-        "rollout.engine",
-        "rollout.samples_per_prompt",
-        "rollout.temperature",
-        "rollout.top_p",
-        "rollout.max_tokens",
-        "train.engine",
-        "train.score_batch_size",
-        "train.optimizer",
-        "algorithm.name",
-        "schedule.steps",
-        "schedule.prompts_per_step",
-        "schedule.minibatches",
-        "precision.rollout",
-        "precision.train",
-    ),
-    "compare": (),
-}
 
 
 class Strict(BaseModel):

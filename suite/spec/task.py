@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
-from pydantic import Field, JsonValue, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, JsonValue, PrivateAttr, ValidationError, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from suite.errors import TaskError
 from suite.spec import claims as written
 from suite.spec.checkout import base_folder, find_repo, task_files, task_path  # noqa: F401  (offered where people look)
+from suite.spec.kinds import KINDS
 from suite.spec.resolved_text import resolved_text
 from suite.spec.settings import (
     SECTIONS,
@@ -40,13 +42,21 @@ from suite.spec.task_errors import explain, field_locations, take_out
 
 Level = Literal["P0", "P1", "P2", "P3", "P4", "P5"]
 Tier = Literal["desk", "node", "paper"]
-Protocol = Literal["offline_mismatch", "offline_accuracy", "dataset", "rl", "filter", "compare"]
 Kind = Literal["ratio", "threshold", "event", "ordering", "equivalence", "count", "report"]
 Reducer = Literal[
     "last_k_mean", "epoch_mean", "mean", "median", "geo_mean", "log_ratio", "auc", "time_to_event", "fraction_of_seeds"
 ]
 Range = tuple[Optional[float], Optional[float]]  # null = open end
 MAX_NAMES, MAX_CELLS = 100, 5000
+
+
+def _known_protocol(name: str) -> str:
+    if name not in KINDS:
+        raise PydanticCustomError("literal_error", "no such protocol", {"expected": ", ".join(KINDS)})
+    return name
+
+
+Protocol = Annotated[str, AfterValidator(_known_protocol), WithJsonSchema({"enum": [*KINDS], "title": "Protocol", "type": "string"})]
 
 
 class Paper(Strict):

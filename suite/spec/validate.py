@@ -7,17 +7,18 @@ pinned yet, a tolerance that is only judgement. No torch.
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 from suite.errors import TaskError
 from suite.spec.claims import Form, as_written, written_key
-from suite.spec.estimands import estimands_of
+from suite.spec.kinds import kind_of
 from suite.spec.lock import lock_errors
-from suite.spec.plan import arm_names, grid_points, one_factor_errors, plan, read_path, resolve
+from suite.spec.plan import ResolvedTask, arm_names, one_factor_errors, read_path, resolve_task, tasks_beside
 from suite.spec.precision import CACHE_FORMATS, COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
 from suite.spec.settings import SECTIONS
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import Claim, Contrast, Control, Grade, Task, axis_label, base_folder, read_task, task_path
+from suite.spec.task import Claim, Contrast, Control, Grade, Task, axis_label, read_task, task_path
 from suite.spec.validate_controls import guard_errors, unguarded
 from suite.spec.validate_paper import paper_errors
 from suite.spec.validate_rl import compare_errors, rl_errors
@@ -48,41 +49,53 @@ def validate_file(path_or_id: str | Path) -> tuple[list[TaskError], list[str]]:
     return errors + more, warnings
 
 
-def check(task: Task) -> tuple[list[TaskError], list[str]]:
+def check(task: Task | ResolvedTask) -> tuple[list[TaskError], list[str]]:
     """(errors, warnings) of a task that is well-formed by itself, its lock included."""
-    errors, warnings = check_unlocked(task)
-    return errors or lock_errors(task), warnings
+    resolved, errors, warnings = _checked(task)
+    return errors or lock_errors(resolved.task), warnings
 
 
-def check_unlocked(task: Task) -> tuple[list[TaskError], list[str]]:
+def check_unlocked(task: Task | ResolvedTask) -> tuple[list[TaskError], list[str]]:
     """(errors, warnings) of a task whatever its lock says."""
-    errors = _resolution_errors(task)
-    if not errors:
-        errors += one_factor_errors(task) + _arm_precision_errors(task) + rl_errors(task)
-    needed = needed_tasks(task)
-    known = [f"{need.id}-{arm}" for need in needed for arm in need.arms] if task.protocol == "compare" else _own_names(task)
-    if task.protocol == "compare":
+    _, errors, warnings = _checked(task)
+    return errors, warnings
+
+
+def require_valid(task: Task | ResolvedTask) -> ResolvedTask:
+    """The task resolved, or TaskErrors: what every verb that runs or grades calls first."""
+    resolved, errors, _ = _checked(task)
+    if errors := errors or lock_errors(resolved.task):
+        raise TaskErrors(errors)
+    return resolved
+
+
+def _checked(task: Task | ResolvedTask) -> tuple[ResolvedTask | None, list[TaskError], list[str]]:
+    """(the task resolved, or None with errors where it does not resolve; errors but those of its lock; warnings)."""
+    resolved, errors = None, []
+    try:
+        resolved = resolve_task(task)
+        task, needed = resolved.task, list(resolved.needed.values())
+    except TaskErrors as found:
+        errors, needed = found.errors, []
+    if resolved is not None:
+        errors = _cell_errors(resolved)
+    if resolved is not None and not errors:
+        errors += one_factor_errors(resolved) + _arm_precision_errors(resolved) + rl_errors(resolved)
+    known = [f"{need.task.id}-{arm}" for need in needed for arm in need.task.arms] if kind_of(task).compares else _own_names(task)
+    if kind_of(task).compares:
         errors += compare_errors(task, needed)
-    errors += _name_errors(task) + _claim_errors(task, known) + _control_errors(task, known) + _needs_errors(task)
+    errors += _name_errors(task) + _claim_errors(task, known) + _control_errors(task, known) + _needs_errors(task, resolved)
     errors += [] if errors else guard_errors(task)  # of a task that says what it means
-    return [as_written(error, _form(task)) for error in errors], _warnings(task, needed)
+    return resolved, [as_written(error, _form(task)) for error in errors], _warnings(task, resolved, needed)
 
 
 def _form(task: Task) -> Form | None:
     return task.source.form if task.source else None
 
 
-def require_valid(task: Task) -> Task:
-    """The task itself, or TaskErrors: what every verb that runs or grades calls first."""
-    errors, _ = check(task)
-    if errors:
-        raise TaskErrors(errors)
-    return task
-
-
 def allowed_estimands(task: Task) -> dict[str, tuple[float, float]]:
     """Estimand names that this task's protocol can give, each with the range its level can take."""
-    return {name: estimand.range for name, estimand in estimands_of(task.protocol).items()}
+    return {name: estimand.range for name, estimand in kind_of(task).estimands.items()}
 
 
 def contrast_range(level: tuple[float, float], contrast: Contrast, reducer: str = "mean") -> tuple[float, float]:
@@ -106,34 +119,27 @@ def _echoes(key: str, left_out: list[str]) -> bool:
     )  # a section's key, seen again in every arm
 
 
-def _resolution_errors(task: Task) -> list[TaskError]:
-    """Every arm and control at every grid point must be a complete, well-typed set of settings; said once per key."""
-    errors: dict[str, TaskError] = {}
-    for arm in arm_names(task) if task.protocol != "compare" else ():
-        for point in grid_points(task):
-            _collect(errors, task, task.arms.get(arm, {}), point, f"arms.{arm}")
-    if not errors:
-        try:
-            cells = plan(task)
-        except TaskErrors as found:
-            return found.errors
-        names = [cell.name for cell in cells]
-        for name, cell in zip(names, cells, strict=True):
-            if len(name) > MAX_CELL_NAME:
-                found = f"{name[:60]}... of {len(name)} letters"
-                allowed = f"arm, grid values and seed of at most {MAX_CELL_NAME} letters together: it is a folder's name"
-                errors["grid"] = TaskError(task.file, "grid" if cell.point else f"arms.{cell.arm}", found, allowed)
-        for name in sorted({name for name in names if names.count(name) > 1}):
+def _cell_errors(resolved: ResolvedTask) -> list[TaskError]:
+    """Names that a folder cannot have or that come twice, and settings that no engine would keep; said once per key."""
+    task, cells, errors = resolved.task, resolved.cells, {}
+    names = [cell.name for cell in cells]
+    for name, cell in zip(names, cells, strict=True):
+        if len(name) > MAX_CELL_NAME:
+            found = f"{name[:60]}... of {len(name)} letters"
+            allowed = f"arm, grid values and seed of at most {MAX_CELL_NAME} letters together: it is a folder's name"
+            errors["grid"] = TaskError(task.file, "grid" if cell.point else f"arms.{cell.arm}", found, allowed)
+    for name, num in Counter(names).items():
+        if num > 1:
             errors[name] = TaskError(task.file, "seeds/grid", f"cell {name} more than once", "each cell once")
-        errors |= _sampling_errors(task, cells) | trainer_errors(task, cells) | _grader_errors(task, cells) | _rounding_errors(task, cells)
-        errors |= _cache_errors(task, cells) | _answer_errors(task, cells)
+    errors |= _sampling_errors(task, cells) | trainer_errors(task, cells) | _grader_errors(task, cells) | _rounding_errors(task, cells)
+    errors |= _cache_errors(task, cells) | _answer_errors(task, cells)
     return list(errors.values())
 
 
 def _sampling_errors(task: Task, cells: list) -> dict[str, TaskError]:
     """The mismatch compares two distributions over the whole vocabulary, at temperature 1: the samplers teacher-force at
     no other, and a trainer does not know what top-p and top-k cut off."""
-    if task.protocol not in ("rl", "offline_mismatch"):
+    if not kind_of(task).has_trainer:
         return {}
     found = {}
     for cell in cells:
@@ -180,47 +186,40 @@ def _grader_errors(task: Task, cells: list) -> dict[str, TaskError]:
 def _answer_errors(task: Task, cells: list) -> dict[str, TaskError]:
     """Prompts of template `tokens` have no answers: no reward can be taken."""
     found = [cell for cell in cells if cell.get("data.template", None) == "tokens"]
-    if not found or task.protocol == "offline_mismatch":
+    if not found or kind_of(task).trainer == "scores":
         return {}
     return {"data.template": TaskError(task.file, "data.template", "tokens", f"another one: its prompts have no answers, which {task.protocol} needs")}
-
-
-def _collect(errors: dict[str, TaskError], task: Task, overrides: dict, point, key: str) -> None:
-    try:
-        resolve(task, overrides, point, key)
-    except TaskErrors as found:
-        errors.update({error.key: error for error in found.errors if error.key not in errors})
 
 
 def _name_errors(task: Task) -> list[TaskError]:
     errors = []
     for arm in task.arms:
-        if not ARM_NAME.match(arm) and task.protocol not in ("dataset", "compare"):
+        if not ARM_NAME.match(arm) and kind_of(task).has_arms:
             allowed = "a name that begins with fp32, bf16, fp16 or a train-rollout pair such as bf16-fp32 or fp32-m3"
             errors.append(TaskError(task.file, f"arms.{arm}", arm, allowed))
-    if not task.arms and task.protocol not in ("dataset", "compare"):
+    if not task.arms and kind_of(task).has_arms:
         errors.append(TaskError(task.file, "arms", "nothing", "at least one arm"))
     for path in task.vary:
         if path.split(".")[0] not in SECTIONS:
             errors.append(TaskError(task.file, "vary", path, f"dotted paths that begin with {', '.join(SECTIONS)}"))
-    known = estimands_of(task.protocol)
+    known = kind_of(task).estimands
     for name in task.metrics:
         if name not in known:
             errors.append(TaskError(task.file, "metrics", name, ", ".join(sorted(known))))
     return errors
 
 
-def _arm_precision_errors(task: Task) -> list[TaskError]:
+def _arm_precision_errors(resolved: ResolvedTask) -> list[TaskError]:
     """`bf16` means both sides in bf16; `bf16-fp32` means train in bf16, rollout in fp32. A name that says otherwise
     misleads.
     """
-    errors = []
+    task, errors = resolved.task, []
     for arm in task.arms:
         match = ARM_NAME.match(arm)
         if match is None:
             continue
         train, rollout = match.group(1), match.group(2) or match.group(1)
-        settings = resolve(task, task.arms[arm], (grid_points(task) or [()])[0], f"arms.{arm}")
+        settings = resolved.at_every_point(arm)[0]
         for path, expected in (("precision.train", train), ("precision.rollout", rollout)):
             found = read_path(settings, path, None)
             if found is not None and found != expected:
@@ -287,19 +286,6 @@ def _own_names(task: Task) -> list[str]:
     return [*arm_names(task), *(control.name for control in task.controls)]
 
 
-def needed_tasks(task: Task) -> list[Task]:
-    """The tasks in `needs` as they lie beside this one; a missing or unreadable one is reported elsewhere."""
-    beside = _tasks_beside(task) if task.needs else {}
-    found = [read_task(path)[0] for name, path in beside.items() if name in task.needs]
-    return [need for need in found if need is not None]
-
-
-def _tasks_beside(task: Task) -> dict[str, Path]:
-    """id -> file of the tasks in the same checkout."""
-    files = base_folder(task.file).parent.glob("*/*.yaml")
-    return {path.stem: path for path in sorted(files) if not path.parent.name.startswith("_")}
-
-
 def _point_errors(task: Task, key: str, at: dict, whole: bool) -> list[TaskError]:
     """`at` must name grid values that exist; for a grade, one on each axis that has several."""
     errors = []
@@ -357,7 +343,7 @@ def _control_errors(task: Task, known: list[str]) -> list[TaskError]:
         for check in control.checks:
             key = f"controls.{check.name}"
             errors += _contrast_errors(task, key, check.contrast, known) + _estimand_errors(task, key, check.estimand)
-            reducer = "log_ratio" if check.kind == "null_drift" and task.protocol == "rl" else check.reducer
+            reducer = "log_ratio" if check.kind == "null_drift" and kind_of(task).trains else check.reducer
             errors += _accept_errors(task, key, check.estimand, check.contrast, check.accept, reducer)
     return errors
 
@@ -376,27 +362,22 @@ def _aa_errors(task: Task, control: Control, key: str) -> list[TaskError]:
     return errors
 
 
-def _needs_errors(task: Task) -> list[TaskError]:
-    there = _tasks_beside(task)
+def _needs_errors(task: Task, resolved: ResolvedTask | None) -> list[TaskError]:
+    if not task.needs and not kind_of(task).compares:
+        return []
+    there = tasks_beside(task)
     errors = [
         TaskError(task.file, "needs", name, f"a task: {', '.join(there)}") for name in task.needs if name not in there
     ]
-    if task.protocol == "compare" and not task.needs:
+    if kind_of(task).compares and not task.needs:
         errors.append(TaskError(task.file, "needs", "nothing", "the tasks whose records it compares"))
-    return errors
+    lost = [name for name in task.needs if name in there and resolved is not None and name not in resolved.needed]
+    return errors + [TaskError(task.file, "needs", name, "a task without errors", f"suite validate {name}") for name in lost]
 
 
-def unpinned_inputs(task: Task) -> list[str]:
+def unpinned_inputs(task: Task | ResolvedTask) -> list[str]:
     """Dotted paths of revisions and hashes that are still written `unknown`: they cap every verdict of the task."""
-    found = set()
-    for overrides in [*task.arms.values(), {}] if task.arms else [{}]:
-        for point in grid_points(task):
-            try:
-                settings = resolve(task, overrides, point)
-            except TaskErrors:
-                continue
-            found |= set(_unknown(settings))
-    return sorted(found)
+    return sorted({path for settings in resolve_task(task).settings.values() for path in _unknown(settings)})
 
 
 def _unknown(value, path: str = "") -> list[str]:
@@ -407,12 +388,13 @@ def _unknown(value, path: str = "") -> list[str]:
     return [path] if value == "unknown" and path.rsplit(".", 1)[-1] in ("revision", "sha256") else []
 
 
-def _warnings(task: Task, needed: list[Task]) -> list[str]:
+def _warnings(task: Task, resolved: ResolvedTask | None, needed: list[ResolvedTask]) -> list[str]:
+    unpinned = unpinned_inputs(resolved) if resolved is not None else []
     warnings = [
         f"{task.file}: {path}: unknown; verdicts are capped at INCONCLUSIVE until it is pinned"
-        for path in [*unpinned_inputs(task), *(f"{need.id}: {p}" for need in needed for p in unpinned_inputs(need))]
+        for path in [*unpinned, *(f"{need.task.id}: {path}" for need in needed for path in unpinned_inputs(need))]
     ]
-    warnings += [f"{task.file}: {line}" for line in unguarded(task, needed)]
+    warnings += [f"{task.file}: {line}" for line in unguarded(task, [need.task for need in needed])]
     for name, grade in task.grade.items():
         key, seeds = f"{task.file}: {written_key(f'grade.{name}', _form(task))}", len(task.seeds)
         exact = grade.interval is not None and grade.interval.method == "exact"  # its interval is the value itself

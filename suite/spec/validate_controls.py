@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 from suite.errors import TaskError
+from suite.spec.kinds import kind_of
 from suite.spec.task import Control, Grade, Task
 
 
@@ -71,7 +72,7 @@ def _too_wide(task: Task, check: Control) -> list[TaskError]:
 
 def _owners(task: Task, grade: Grade, needed: list[Task]) -> list[Task]:
     """The tasks whose controls guard a claim: those whose arms it names."""
-    if task.protocol != "compare":
+    if not kind_of(task).compares:
         return [task]
     return [need for need in needed if any(name.startswith(f"{need.id}-") for name in grade.contrast.names)]
 

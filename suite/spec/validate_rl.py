@@ -7,56 +7,52 @@ from __future__ import annotations
 from suite.errors import TaskError
 from suite.spec.algorithms import ALGORITHMS
 from suite.spec.algorithms import resolve as resolve_algorithm
+from suite.spec.kinds import kind_of
 from suite.spec.learning_rate import SCHEDULES
 from suite.spec.perturbations import PERTURBATIONS
-from suite.spec.plan import arm_names, grid_points, read_path, resolve
+from suite.spec.plan import ResolvedTask, arm_names, read_path
 from suite.spec.precision import COARSE_FORMATS, DTYPES
-from suite.spec.strict_yaml import TaskErrors
 from suite.spec.task import Grade, Task
 
 NOT_OF_THE_ROW = ("name", "shuffle_rewards", "perturb")  # of the algorithm section, but no override of a row
 
 
-def rl_errors(task: Task) -> list[TaskError]:
-    """Every error of a task of protocol `rl` whose settings resolve; nothing for other protocols."""
-    if task.protocol != "rl":
+def rl_errors(resolved: ResolvedTask) -> list[TaskError]:
+    """Every error of a task that trains; nothing for other protocols."""
+    task = resolved.task
+    if not kind_of(task).trains:
         return []
-    cells = _resolved(task)
+    cells = _cells(resolved)
     checks = (_algorithm, _learning_rate, _batch, _reduction, _held_out, _coarse, _perturbation)
     found = [error for key, settings in cells for check in checks for error in check(task, key, settings)]
-    horizon = min((settings["schedule"]["steps"] for key, settings in cells if key.startswith("arms.")), default=0)
+    horizon = min(_steps(resolved), default=0)
     for name, grade in task.grade.items():
         found += _grade(task, f"grade.{name}", grade, horizon)
     return list({(error.key, str(error.found)): error for error in found}.values())
 
 
-def compare_errors(task: Task, needed: list[Task]) -> list[TaskError]:
+def compare_errors(task: Task, needed: list[ResolvedTask]) -> list[TaskError]:
     """Windows and horizons of a comparison, against the shortest RL run among the needed tasks whose arms a claim names."""
     errors = []
     for name, grade in task.grade.items():
-        named = [need for need in needed if need.protocol == "rl" and any(arm.startswith(f"{need.id}-") for arm in grade.contrast.names)]
-        steps = [settings["schedule"]["steps"] for need in named for key, settings in _resolved(need) if key.startswith("arms.")]
+        training = [need for need in needed if kind_of(need.task).trains]
+        named = [need for need in training if any(arm.startswith(f"{need.task.id}-") for arm in grade.contrast.names)]
+        steps = [num for need in named for num in _steps(need)]
         if steps:
             errors += _grade(task, f"grade.{name}", grade, min(steps))
     return errors
 
 
-def _resolved(task: Task) -> list[tuple[str, dict]]:
-    """(key, settings) of every arm and control at every grid point; those that do not resolve are reported
-    elsewhere.
-    """
-    from suite.spec.task import deep_merge
+def _cells(resolved: ResolvedTask) -> list[tuple[str, dict]]:
+    """(key for errors, settings) of every arm and control at each of its grid points."""
+    task = resolved.task
+    named = [(f"arms.{arm}", arm) for arm in arm_names(task)] + [(f"controls.{one.name}", one.name) for one in task.controls]
+    return [(key, settings) for key, name in named for settings in resolved.at_every_point(name)]
 
-    named = [(f"arms.{arm}", task.arms.get(arm, {})) for arm in arm_names(task)]
-    named += [(f"controls.{one.name}", deep_merge(task.arms.get(one.like, {}), one.set)) for one in task.controls]
-    found = []
-    for key, overrides in named:
-        for point in grid_points(task):
-            try:
-                found.append((key, resolve(task, overrides, point, key)))
-            except TaskErrors:
-                continue
-    return found
+
+def _steps(resolved: ResolvedTask) -> list[int]:
+    """The lengths of the runs of the arms."""
+    return [settings["schedule"]["steps"] for arm in arm_names(resolved.task) for settings in resolved.at_every_point(arm)]
 
 
 def _algorithm(task: Task, key: str, settings: dict) -> list[TaskError]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from suite.errors import TaskError
+from suite.spec.kinds import KINDS, kind_of
 from suite.spec.shapes import shape_of
 from suite.spec.task import Task
 
@@ -24,9 +25,10 @@ def trainer_errors(task: Task, cells: list) -> dict[str, TaskError]:
 def _of_training(task: Task, cell) -> list[tuple]:
     """What acts on training alone. Fresh adapters are the model they sit on: without training nothing is to be seen of
     them."""
-    given = {key: cell.get(key, None) for key in OF_TRAINING if task.protocol != "rl"}
+    given = {key: cell.get(key, None) for key in OF_TRAINING if not kind_of(task).trains}
     shown = {key: f"rank {value['rank']}" if key == "train.lora" else value for key, value in given.items() if value is not None}
-    return [(key, value, "nothing, outside protocol rl") for key, value in shown.items()]
+    allowed = f"nothing, outside protocol {' or '.join(kind.name for kind in KINDS.values() if kind.trains)}"
+    return [(key, value, allowed) for key, value in shown.items()]
 
 
 def _of_moe(cell) -> list[tuple]:
@@ -51,7 +53,7 @@ def _of_ranks(task: Task, cell) -> list[tuple]:
     ways = {way: cell.get(f"train.parallel.{way}", None) or 1 for way in ("data", "tensor", "pipeline", "expert")}
     ranks, gpus = ways["data"] * ways["tensor"] * ways["pipeline"], task.resources.gpus * task.resources.nodes
     rules = [(ways["data"] % ways["expert"] == 0, "expert", f"a divisor of train.parallel.data, {ways['data']}")]
-    if task.protocol == "rl" and gpus and not task.resources.cpu_ok:
+    if kind_of(task).trains and gpus and not task.resources.cpu_ok:
         rules.append((ranks == gpus, "data", f"{gpus // (ways['tensor'] * ways['pipeline'])}: resources has {gpus} GPUs, one for each rank"))
     if shape := shape_of(cell.settings["model"]):
         counts = {"expert": ("experts", shape.experts), "tensor": ("key-value heads", shape.kv_heads), "pipeline": ("layers", shape.layers)}

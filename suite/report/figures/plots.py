@@ -20,6 +20,7 @@ from suite.report.figures.fall import lead_text, plot_fall
 from suite.report.figures.rl import paper_curve, plot_rl
 from suite.report.figures.svg import LINE_STYLES, MARKERS, STYLE, colour, dots, note, plt, scientific, to_svg
 from suite.report.tables import PRECISIONS, Matrix, matrices, point_label, precision_pair
+from suite.spec.kinds import Kind
 
 MIN_TOKENS_PER_BIN = 100  # fewer tokens than this say nothing about a mean as heavy-tailed as k3
 PANEL_PRECISIONS = ("bf16", "fp16")
@@ -44,15 +45,16 @@ class Arm:
     num_sequences: int
 
 
-def figures(task_id: str, runs: list[Run]) -> list[Figure]:
-    """Every figure that the published runs of one task on one fingerprint allow, sorted by name."""
+def figures(kind: Kind, runs: list[Run]) -> list[Figure]:
+    """Every figure that the published runs of one task of this kind on one fingerprint allow, sorted by name."""
     with plt.rc_context(STYLE):
-        return sorted(_offline(runs) + _matrix(runs) + _rl(runs), key=lambda figure: figure.name)
+        mismatch = _offline(runs) + _matrix(runs) if kind.has_trainer else []
+        return sorted(mismatch + (_rl(runs) if kind.trains else []), key=lambda figure: figure.name)
 
 
 def _offline(runs: list[Run]) -> list[Figure]:
     found = []
-    scored = [run for run in runs if "k3_nats_per_token" in run.record["series_summary"]]  # not plain sampling
+    scored = [run for run in runs if run.summary is not None]  # runs that came to their end
     for point, arms in offline_arms(scored).items():
         suffix, where = (f"-{point}", f" Grid point {point}.") if point else ("", "")
         drawn = [arms[name] for name in PANEL_PRECISIONS if name in arms]
@@ -79,11 +81,7 @@ def _matrix(runs: list[Run]) -> list[Figure]:
 
 
 def _rl(runs: list[Run]) -> list[Figure]:
-    chosen = [
-        r
-        for r in runs
-        if not r.is_control and r.metrics and r.record["cell"]["settings"].get("schedule")
-    ]
+    chosen = [run for run in runs if not run.is_control and run.metrics]
     if not chosen:
         return []
     algorithms = {(r.record["cell"]["settings"].get("algorithm") or {}).get("name") or "" for r in chosen}
