@@ -26,6 +26,12 @@ def pool():
         yield pool
 
 
+def test_scripts_find_the_pool_under_its_short_name():
+    from suite import rewards
+
+    assert rewards.RewardPool is RewardPool and rewards.Reward is Reward
+
+
 def outcomes(rewards: list[Reward]) -> list[str]:
     return [reward.outcome for reward in rewards]
 

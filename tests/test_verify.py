@@ -216,6 +216,19 @@ def test_a_record_that_does_not_follow_from_its_task_or_machine_is_named(repo, c
     assert all(word in found for word in words), found
 
 
+@pytest.mark.parametrize("key", ["version", "grade_version", "the file"])
+def test_a_stale_folder_is_still_held_against_its_own_machine(repo, key):
+    """Old records may be those of another task by now, but never of another machine or of other settings than they say."""
+    edit(repo, lambda record: record.update(precision_asked={}))
+    if key == "the file":
+        (repo / "tasks" / "desk" / "desk-tiny.yaml").unlink()
+    else:
+        fakes.checkout(repo, fakes.TASK.replace(f"\n{key}: 1", f"\n{key}: 2"))
+    folder_of(repo).rename(folder_of(repo).with_name("gpu-h100-8x"))
+    found = differences(repo)
+    assert sum("its folder is gpu-h100-8x" in line for line in found) == 6 and any("precision_asked: found {}" in line for line in found)
+
+
 def test_a_seed_or_an_arm_that_the_task_does_not_have_is_named(repo):
     source = next(folder_of(repo).glob("bf16.s1/*"))
     for arm, seed, word in (("bf16", 9, "bf16 has the seeds 0, 1, 2, not 9"), ("best", 0, "it has the arms bf16, fp16")):
@@ -357,7 +370,7 @@ def test_a_manifest_that_is_none_is_named_by_line(repo, line):
 BROKEN = {"[]": "list", "{}": "nothing", "\xff": "utf-8", "[" * 99_999: "Recursion", '{"schema": 1, "schema": 1}': "twice", "": "JSON"}
 
 
-@pytest.mark.parametrize("text", BROKEN)
+@pytest.mark.parametrize("text", BROKEN, ids=BROKEN.values())
 def test_damaged_records_and_verdicts_are_one_line_with_the_file_and_exit_2(repo, text, capsys):
     """compare, show and report --check read published files too."""
     from suite.cli.main import main as cli
@@ -369,7 +382,7 @@ def test_damaged_records_and_verdicts_are_one_line_with_the_file_and_exit_2(repo
         path.write_bytes(text.encode("latin-1"))
         commands = [["compare", str(path.parent), str(path.parent)], ["report", "--check"], ["show", "C1"]]
         for command in commands if path.name == "verdict.json" else commands[:2]:
-            assert cli.main(command) == 2, command
+            assert cli(command) == 2, command
             said = capsys.readouterr().err
             assert str(path) in said and BROKEN[text] in said and said.count("\n") == 1
         path.write_bytes(whole)

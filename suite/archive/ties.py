@@ -26,14 +26,27 @@ PROSE = {"title", "tags", "statement", "paper", "tolerance", "path", "extends", 
 def untied(run: Run, task, cells: dict[str, Cell]) -> list[str]:
     """What of one published run does not follow from the task, its cells (by name) or its machine."""
     with records_of(run.folder / RECORD):
-        return [*_place(run, task), *_cell(run, task, cells), *_asked(run, cells), *_machine(run), *_text(run, task)]
+        return [*_of_itself(run), *_cell(run, cells), *_text(run, task)]
 
 
-def _place(run: Run, task) -> Iterator[str]:
+def untied_from_itself(run: Run) -> list[str]:
+    """What of one published run contradicts itself or its machine, whatever has become of its task."""
+    with records_of(run.folder / RECORD):
+        return list(_of_itself(run))
+
+
+def _of_itself(run: Run) -> Iterator[str]:
+    yield from _place(run)
+    yield from _own_key(run)
+    yield from _asked(run)
+    yield from _machine(run)
+
+
+def _place(run: Run) -> Iterator[str]:
     """A run lies where its own record says."""
     record, folder = run.record, run.folder
-    if record["task"]["id"] != task.id:
-        yield f"task: found {record['task']['id']!r}, its folder is {task.id}"
+    if record["task"]["id"] != folder.parents[2].name:
+        yield f"task: found {record['task']['id']!r}, its folder is {folder.parents[2].name}"
     if (record["cell"]["name"], record["run_key"][:12]) != (folder.parent.name, folder.name.split(".")[0]):
         yield f"cell and run_key: found {record['cell']['name']} and {record['run_key'][:12]}, its folder is {folder.parent.name}/{folder.name}"
     if record["status"] not in STATUSES:
@@ -44,12 +57,17 @@ def _place(run: Run, task) -> Iterator[str]:
         yield f"limit: found {record['limit']}, allowed: null; limited runs are never published"
 
 
-def _cell(run: Run, task, cells: dict[str, Cell]) -> Iterator[str]:
-    """The run key follows from the record's own settings, and is that of the task's cell."""
-    cell, key = run.record["cell"], run.record["run_key"]
-    own = Cell(task.id, run.record["task"]["version"], run.arm, tuple(run.point.items()), run.seed, cell["settings"], run.is_control)
+def _own_key(run: Run) -> Iterator[str]:
+    """The run key follows from the record's own settings."""
+    cell, key, task = run.record["cell"], run.record["run_key"], run.record["task"]
+    own = Cell(task["id"], task["version"], run.arm, tuple(run.point.items()), run.seed, cell["settings"], run.is_control)
     if own.run_key(run.record["limit"]) != key:
         yield f"run_key: found {key[:12]}, its settings give {own.run_key(run.record['limit'])[:12]}"
+
+
+def _cell(run: Run, cells: dict[str, Cell]) -> Iterator[str]:
+    """The cell and its run key are the task's."""
+    cell, key = run.record["cell"], run.record["run_key"]
     planned = cells.get(cell["name"])
     if planned is None:
         yield f"cell: found {cell['name']}, allowed: a cell of the task; {_nearest(run, cells)}"
@@ -68,7 +86,7 @@ def _nearest(run: Run, cells: dict[str, Cell]) -> str:
     return f"it has the arms {', '.join(dict.fromkeys(cell.arm for cell in cells.values()))}"
 
 
-def _asked(run: Run, cells: dict[str, Cell]) -> Iterator[str]:
+def _asked(run: Run) -> Iterator[str]:
     """Precision and weights are those of the cell's settings."""
     record, settings = run.record, run.record["cell"]["settings"]
     asked, wanted = record["precision_asked"], settings.get("precision") or {}

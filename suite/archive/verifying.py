@@ -36,7 +36,7 @@ from suite.archive.published import (
     run_folders,
 )  # fmt: skip
 from suite.archive.publishing import compute_verdict
-from suite.archive.ties import missing_attempts, missing_cells, untied
+from suite.archive.ties import missing_attempts, missing_cells, untied, untied_from_itself
 from suite.archive.views import contradictions
 from suite.door import FileError, look_through, printable, read_bytes, read_json
 from suite.errors import UserError
@@ -152,23 +152,33 @@ def examine(folder: Path, tasks: Mapping) -> Verified:
     path, task = folder / VERDICT, tasks.get(folder.parent.name)
     try:
         differences, broken = manifest_differences(folder)
-        if task is None:
-            return Verified([folder], [*differences, f"{path}: the task {folder.parent.name!r} no longer exists in tasks/"])
         published = None if VERDICT in broken else read_verdict(path)
     except FileError as problem:
         return Verified([folder], [*differences, str(problem)] if "differences" in locals() else [str(problem)])
-    for key, now in (("task_version", task.version), ("grade_version", task.grade_version)):
-        if published is not None and published[key] != now:
-            what = "run and publish" if key == "task_version" else "publish"
-            return Verified([folder], [*differences, f"{path}: stale: {key} {published[key]}, the task is at {now}; {what} it again"])
-    resolved = resolve_task(task)
+    stale = _stale(path, task, published)
+    resolved = resolve_task(task) if not stale or stale[0] == "grade_version" else None
     runs, lines, remarks = _examine_runs(folder, resolved, broken)
-    differences += lines
+    differences += [*lines, *stale[1:]]
+    if stale:
+        return Verified([folder], differences, remarks)
     if judged := sorted(name for name in broken if name.rsplit("/", 1)[-1] in JUDGED):
         differences.append(f"{path}: not recomputed, since {len(judged)} files behind it are not to be believed, such as {judged[0]}")
     elif published is not None and runs is not None:
         differences += _verdict_differences(path, resolved, published, runs)
     return Verified([folder], differences, remarks)
+
+
+def _stale(path: Path, task, published: dict | None) -> tuple[str, str] | tuple[()]:
+    """(what has moved on, the sentence) where the task of the checkout is no longer that of the verdict, else ().
+
+    The verdict is not compared then; its records still must agree with each other and with their machine.
+    """
+    if task is None:
+        return "task", f"{path}: the task {path.parents[1].name!r} no longer exists in tasks/"
+    for key, now, what in (("task_version", task.version, "run and publish"), ("grade_version", task.grade_version, "publish")):
+        if published is not None and published[key] != now:
+            return key, f"{path}: stale: {key} {published[key]}, the task is at {now}; {what} it again"
+    return ()
 
 
 def _verdict_differences(path: Path, resolved: ResolvedTask, published: dict, runs: list[Run]) -> list[str]:
@@ -183,9 +193,9 @@ def _verdict_differences(path: Path, resolved: ResolvedTask, published: dict, ru
     return [f"{path}: {line}" for line in compare(published, computed)]
 
 
-def _examine_runs(folder: Path, resolved: ResolvedTask, broken: set[str]) -> tuple[list[Run] | None, list[str], list[str]]:
-    """(the runs, or None where one cannot be read; what is wrong with them; remarks)."""
-    task, cells = resolved.task, {cell.name: cell for cell in resolved.cells}
+def _examine_runs(folder: Path, resolved: ResolvedTask | None, broken: set[str]) -> tuple[list[Run] | None, list[str], list[str]]:
+    """(the runs, or None where one cannot be read; what is wrong with them; remarks). None: the task is another by now."""
+    cells = {cell.name: cell for cell in resolved.cells} if resolved else {}
     runs, lines, whole = [], [], True
     folders = run_folders(folder)
     for place in folders:
@@ -194,10 +204,10 @@ def _examine_runs(folder: Path, resolved: ResolvedTask, broken: set[str]) -> tup
             continue
         try:
             runs.append(run := read_published(place))
-            lines += [f"{place}: {line}" for line in untied(run, task, cells)]
+            lines += [f"{place}: {line}" for line in (untied(run, resolved.task, cells) if resolved else untied_from_itself(run))]
             with records_of(place):
                 points = {} if f"{inside}/{POINTS}" in broken else read_points(place / POINTS) if exists(place / POINTS) else None
-                lines += [f"{place}: {line}" for line in contradictions(run, kind_of(task), points)]
+                lines += [f"{place}: {line}" for line in contradictions(run, kind_of(resolved.task), points)] if resolved else []
         except UserError as problem:
             lines.append(str(problem))
             whole = whole and bool(runs) and runs[-1].folder == place
