@@ -410,16 +410,16 @@ def test_a_bundle_holds_what_would_be_published_and_verifies_elsewhere(repo, tmp
     from suite.cli.main import main as cli
 
     out = tmp_path / "sent.tar.gz"
-    assert cli.main(["bundle", "desk-tiny", "--out", str(out)]) == 0
+    assert cli(["bundle", "desk-tiny", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "suite verify sent.tar.gz" in said and f"machine: {fakes.FINGERPRINT}" in said and "26 files" in said
     first = out.read_bytes()
-    assert cli.main(["bundle", "desk-tiny", "--out", str(out)]) == 0 and out.read_bytes() == first
+    assert cli(["bundle", "desk-tiny", "--out", str(out)]) == 0 and out.read_bytes() == first
     with tarfile.open(out) as archive:
         names = {name for name in archive.getnames() if not name.startswith("results/desk-tiny/" + fakes.FINGERPRINT)}
         assert not names and not any(member.uname or member.mtime for member in archive.getmembers())
     shutil.rmtree(repo / "results")
     shutil.rmtree(repo / "runs")
     assert report_verbs.verify(str(out), repo / "results") == 0
-    assert cli.main(["bundle", "desk-tiny", "--out", str(tmp_path / "none.tar.gz")]) == 14
+    assert cli(["bundle", "desk-tiny", "--out", str(tmp_path / "none.tar.gz")]) == 14
     assert not (tmp_path / "none.tar.gz").exists()
