@@ -2,6 +2,7 @@
 #
 #   make reproduce [TASK=id] [SEEDS=10,11] [LIMIT=n] [NPROC=n] [FRESH=1] [RUNS_DIR=folder] [EXTRA="..."]
 #   make test [EXTRA="-k name"]
+#   make check                     style, layers and the tests that need neither torch nor an engine
 #   make bench [EXTRA="rl --sizes 1m"]
 #
 # make itself exits with 2 whenever a command fails; the suite's own code (10 INCONCLUSIVE, 12 NOT_RUN, ...) stands in
@@ -24,7 +25,7 @@ SUITE := .venv/bin/python -m suite
 RUN_FLAGS = $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(NPROC),--nproc $(NPROC)) \
             $(if $(filter-out 0,$(FRESH)),--fresh) $(if $(RUNS_DIR),--out '$(RUNS_DIR)') $(EXTRA)
 
-.PHONY: reproduce test list doctor validate results bench setup clean
+.PHONY: reproduce test check list doctor validate results bench setup clean
 .NOTPARALLEL:
 
 reproduce: setup
@@ -32,6 +33,11 @@ reproduce: setup
 
 test: setup
 	@.venv/bin/python -m pytest -n $(TEST_WORKERS) $(EXTRA)
+
+check: setup
+	@.venv/bin/ruff check suite tests requirements
+	@.venv/bin/lint-imports --no-cache
+	@.venv/bin/python -m pytest -n $(TEST_WORKERS) --without-engines $(EXTRA)
 
 list doctor validate bench: setup
 	@$(SUITE) $@ $(EXTRA)

@@ -1,8 +1,10 @@
-"""What holds for every test: no network, and engines on one worker."""
+"""What holds for every test: no network, and engines on one worker. --without-engines: the tests that need none."""
 
 import os
+import re
 import signal
 import socket
+import sys
 
 import pytest
 
@@ -22,8 +24,38 @@ for ignored in (signal.SIGINT, signal.SIGHUP):
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0", "::")
 
 
-def pytest_collection_modifyitems(items):
+ENGINES = ("torch", "transformers", "vllm", "peft", "datasets", "megatron")
+IMPORTS_ENGINE = re.compile(rf"^(?:import|from) (?:{'|'.join(ENGINES)})\b|^from slow_losses ", re.MULTILINE)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--without-engines", action="store_true", help="as where no engine is installed, and without slow tests")
+
+
+class NoEngines:
+    """A finder of modules that finds no engine."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ENGINES:
+            raise ModuleNotFoundError(f"No module named {name!r} (--without-engines)", name=name)
+
+
+def pytest_configure(config):
+    if config.getoption("without_engines"):
+        sys.meta_path.insert(0, NoEngines())
+
+
+def pytest_ignore_collect(collection_path, config):
+    """True for a module that imports an engine at its top, where engines are made unimportable."""
+    if config.getoption("without_engines") and collection_path.suffix == ".py":
+        return bool(IMPORTS_ENGINE.search(collection_path.read_text())) or None
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
     """Put all engine tests into one xdist group, so that no two engines run at once."""
+    if config.getoption("without_engines"):
+        items[:] = [item for item in items if not (item.get_closest_marker("engine") or item.get_closest_marker("slow"))]
     for item in items:
         if item.get_closest_marker("engine"):
             item.add_marker(pytest.mark.xdist_group("engine"))

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 
-from suite.cli.main import main as cli
+from suite.cli import main as cli
 from suite.cli import verbs
 from suite.spec.kinds import KINDS
 

@@ -118,7 +118,7 @@ def test_a_wrong_or_missing_trailer_and_bytes_behind_the_end_are_seen(repo, tmp_
 def test_a_bundle_packed_from_inside_says_what_is_missing_and_looks_nowhere_else(repo, tmp_path):
     (tmp_path / "results" / "t" / "f").mkdir(parents=True)
     (tmp_path / "results" / "t" / "f" / "verdict.json").write_text("{}")
-    for start in (f"results/desk-tiny/", "results/"):
+    for start in ("results/desk-tiny/", "results/"):
         members = [(name.removeprefix(start), data) for name, data in files(repo).items()]
         refused(tmp_path, gzip.compress(packed(members)), "no results/<task>/<fingerprint>/ in it")
 
@@ -234,7 +234,7 @@ def flipped(data: bytes, rng: random.Random, num: int = 1) -> bytes:
 
 def test_no_flipped_bit_in_results_gets_through(repo, tmp_path):
     """Every one is a difference that names the file; nothing hangs, nothing is a traceback."""
-    rng, names = random.Random(20), [name for name in files(repo)]
+    rng, names = random.Random(20), list(files(repo))
     shutil.copytree(repo / "results", tmp_path / "results")
     for _ in range(NUM):
         name = rng.choice(names)

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
-from suite.cli.main import main as cli
+from suite.cli import main as cli
 from suite.cli import verbs
 from suite.errors import DataError, NotRunnable, UserError
 from suite.record.run import find_runs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.cli.main import main as cli
+from suite.cli import main as cli
 from suite.errors import UserError, WorkersFailed
 from suite.machine.processes import Place, deal, places, run_workers
 from suite.record.run import read_metrics

@@ -17,7 +17,7 @@ from test_dense_trainer import FP16, FP32, minibatch, sequences  # noqa: E402
 from test_launch import ON_CPU, REPO, finish, needs_two_cores  # noqa: E402
 from test_record import OneTask  # noqa: E402
 
-from suite.cli.main import main as cli  # noqa: E402
+from suite.cli import main as cli  # noqa: E402
 from suite.engines.ranks import PeerLost, Ranks, ReplicaError, join  # noqa: E402
 from suite.engines.trainers.load import load_trainer  # noqa: E402
 from suite.machine.processes import _as_ranks  # noqa: E402

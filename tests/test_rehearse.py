@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from suite.cli.main import main as cli
+from suite.cli import main as cli
 from suite.protocols.rehearse import rehearsal
 from suite.spec.kinds import kind_of
 from suite.spec.plan import plan

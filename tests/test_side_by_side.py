@@ -8,7 +8,7 @@ import published as fakes
 import pytest
 
 from suite.archive.publishing import publish_task
-from suite.cli.main import main as cli
+from suite.cli import main as cli
 from suite.errors import UserError
 from suite.record.run import read_metrics
 from suite.report.side_by_side import _agreement, side_by_side

@@ -136,7 +136,7 @@ def test_clopper_pearson_tails_are_exact():
     # at the lower end, P(X >= 3 of 8) is 5 %; at the upper end, P(X <= 3) is 5 %
     interval = stats.clopper_pearson(3, 8)
     upper_tail = sum(math.comb(8, k) * interval.lo**k * (1 - interval.lo) ** (8 - k) for k in range(3, 9))
-    lower_tail = sum(math.comb(8, k) * interval.hi**k * (1 - interval.hi) ** (8 - k) for k in range(0, 4))
+    lower_tail = sum(math.comb(8, k) * interval.hi**k * (1 - interval.hi) ** (8 - k) for k in range(4))
     assert (upper_tail, lower_tail) == (pytest.approx(0.05), pytest.approx(0.05))
 
 

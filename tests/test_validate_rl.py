@@ -48,7 +48,7 @@ def test_every_override_of_a_row_can_be_said(tmp_path, algorithm):
 
 @pytest.mark.parametrize("new", ["temperature: 0.6, top_p: 1.0", "temperature: 1.0, top_p: 0.95", "temperature: 1.0, top_p: 1.0, top_k: 20"])
 def test_sampling_that_the_trainer_does_not_know_is_refused(tmp_path, new):
-    name, value = next((part.split(": ") for part in new.split(", ") if part not in ("temperature: 1.0", "top_p: 1.0")))
+    name, value = next(part.split(": ") for part in new.split(", ") if part not in ("temperature: 1.0", "top_p: 1.0"))
     (error,) = errors_of(tmp_path, "threshold", GRADE, "temperature: 1.0, top_p: 1.0", new)
     assert f"rollout.{name}: found {value}, allowed: {'0' if name == 'top_k' else '1.0'} in protocol rl" in error
 

@@ -373,7 +373,7 @@ BROKEN = {"[]": "list", "{}": "nothing", "\xff": "utf-8", "[" * 99_999: "Recursi
 @pytest.mark.parametrize("text", BROKEN, ids=BROKEN.values())
 def test_damaged_records_and_verdicts_are_one_line_with_the_file_and_exit_2(repo, text, capsys):
     """compare, show and report --check read published files too."""
-    from suite.cli.main import main as cli
+    from suite.cli import main as cli
 
     (repo / "baselines").mkdir()
     (repo / "baselines" / "paper.yaml").write_text("C1:\n  title: the first claim\n")
@@ -407,7 +407,7 @@ def test_verify_needs_neither_engine_nor_figures(repo):
 
 
 def test_a_bundle_holds_what_would_be_published_and_verifies_elsewhere(repo, tmp_path, capsys):
-    from suite.cli.main import main as cli
+    from suite.cli import main as cli
 
     out = tmp_path / "sent.tar.gz"
     assert cli(["bundle", "desk-tiny", "--out", str(out)]) == 0

@@ -14,12 +14,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import pyarrow as pa
 from annotated_types import Len
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from suite.door import (
     FileError,

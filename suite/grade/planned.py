@@ -84,7 +84,7 @@ def _departures(run, cell: Cell) -> list[str]:
     said = Cell(cell.task_id, cell.task_version, cell.arm, cell.point, cell.seed, settings, cell.is_control)
     found = []
     if said.run_key() != key:
-        paths = [path for path in _differing(settings, cell.settings)]
+        paths = list(_differing(settings, cell.settings))
         found = [f"{path} is {_at(settings, path)!r}, the task says {_at(cell.settings, path)!r}" for path in paths[:3]]
     elif run.record["run_key"] != key:
         found = [f"run_key {run.record['run_key'][:12]}, its settings give {key[:12]}"]

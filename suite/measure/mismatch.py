@@ -21,7 +21,7 @@ turned into nan or clipped; k1, k2 and, for r < 0, k3 stay finite.
 from __future__ import annotations
 
 import math
-from typing import Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int

@@ -83,7 +83,7 @@ def _without_measures(text: str) -> str:
     return text
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _measure(word: str) -> re.Pattern:
     return re.compile(rf"(^|\W){word}($|\W)")
 

@@ -135,7 +135,7 @@ def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Ca
         engines = Engines(group[0], session.ranks)
         try:
             for cell in group:
-                session.run_cell(cell, stage, lambda writer, cell=cell: run_cell(cell, writer, engines, session))
+                session.run_cell(cell, stage, lambda writer, cell=cell, pool=engines: run_cell(cell, writer, pool, session))
         finally:
             engines.close()
 

@@ -342,7 +342,7 @@ def _lock(folder: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise UserError(f"{folder}: another process is running this cell; wait for it or choose another --runs-dir")
+        raise UserError(f"{folder}: another process is running this cell; wait for it or choose another --runs-dir") from None
     return lock
 
 

@@ -31,7 +31,7 @@ def number(value) -> str:
     """A value as a reader wants it: three significant digits, counts in full, nothing as an empty string."""
     if value is None:
         return ""
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, (bool, str)):
         return str(value)
     if isinstance(value, (list, tuple)):
         return ", ".join(number(item) for item in value)

@@ -279,7 +279,7 @@ OVERRIDES = {  # key: (what is allowed, in words; the check; does the row have s
         lambda row: row.ratio_level == "token",
     ),
     "cap": (*_POSITIVE, lambda row: row.correction != "none"),
-    "floor": ("a number above 0, at most the cap", lambda v: _is_number(v) and 0 < v, lambda row: row.correction != "none"),
+    "floor": ("a number above 0, at most the cap", lambda v: _is_number(v) and v > 0, lambda row: row.correction != "none"),
     "anchor": (*_one_of(*ANCHORS), lambda row: row.anchor is not None and row.weight != "old/rollout"),
     "divergence_low": _DIVERGENCE,
     "divergence_high": _DIVERGENCE,

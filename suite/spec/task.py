@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, PrivateAttr, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -46,7 +46,7 @@ Kind = Literal["ratio", "threshold", "event", "ordering", "equivalence", "count"
 Reducer = Literal[
     "last_k_mean", "epoch_mean", "mean", "median", "geo_mean", "log_ratio", "auc", "time_to_event", "fraction_of_seeds"
 ]
-Range = tuple[Optional[float], Optional[float]]  # null = open end
+Range = tuple[float | None, float | None]  # null = open end
 MAX_NAMES, MAX_CELLS = 100, 5000
 
 
@@ -357,7 +357,7 @@ def _task_of(raw: object, problems: list[TaskError], path: Path) -> tuple[Task |
             errors += [] if left_out else [error for error in news if error.key not in said]
             faulty = field_locations(problem)
             left_out += [".".join(map(str, location)) for location in faulty]
-            if not all([take_out(raw, location) for location in faulty]):
+            if not all([take_out(raw, location) for location in faulty]):  # noqa: C419  every one is taken out
                 break
     return task, errors, [*(written.written_key(key, found.form) for key in left_out), *said]
 

@@ -180,7 +180,7 @@ def _grader_errors(task: Task, cells: list) -> dict[str, TaskError]:
     """Desk problems have one check, an integer; a grader beside it would be ignored."""
     found = [cell.get("data.grader", None) for cell in cells if cell.get("data.template", None) == "desk"]
     allowed = "nothing with data.template desk, whose answers are integers compared as such"
-    return {"data.grader": TaskError(task.file, "data.grader", one, allowed) for one in found if one is not None}
+    return {"data.grader": TaskError(task.file, "data.grader", one, allowed) for one in found if one is not None}  # noqa: B035  one entry
 
 
 def _answer_errors(task: Task, cells: list) -> dict[str, TaskError]:
