@@ -159,7 +159,7 @@ def test_the_gradient_of_a_followed_step_is_that_of_the_followed_policy(model):
     direction = torch.randn(ours.masters.masters[name].shape, generator=torch.Generator().manual_seed(0))
     losses = []
     for sign in (1, -1):
-        with ours.moved_weights(lambda named: [t.add_(sign * 1e-3 * direction) for n, t in named if n == name]):
+        with ours.moved_weights(lambda named, sign=sign: [t.add_(sign * 1e-3 * direction) for n, t in named if n == name]):
             logprobs = ours.score(rows)
             ratio = [np.exp(new - old).astype(np.float64) for new, old in zip(logprobs, batch.old_trainer_logprobs, strict=True)]
         losses.append(-sum(a * r.sum() for a, r in zip(batch.advantages, ratio, strict=True)) / (len(rows) * 32))

@@ -315,7 +315,7 @@ def select(task: Task | ResolvedTask, seeds: list[int] | None = None, arms: list
     """
     resolved = resolve_task(task)
     task, cells = resolved.task, resolved.cells
-    unknown = sorted({seed for seed in seeds or ()} - set(task.seeds))
+    unknown = sorted(set(seeds or ()) - set(task.seeds))
     if unknown:
         raise UserError(f"--seeds: {task.id} has no seed {unknown[0]}; it has {', '.join(map(str, task.seeds))}")
     for flag, asked, have in (("arm", arms, [cell.arm for cell in cells]), ("cell", names, [cell.name for cell in cells])):

@@ -58,7 +58,7 @@ def run(cells: list[Cell], session: Session) -> None:
             for index in range(max(len(launch.batches) for launch in launches)):
                 _run_batch(index, [launch for launch in launches if launch.behind(index)], engines, session)
             for launch in launches:
-                for cell, writer in launch.writers:
+                for _cell, writer in launch.writers:
                     _finish(writer, scored=kind_of(session.task).has_trainer)
         except BaseException as error:
             for writer in writers:
