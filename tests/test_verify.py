@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import published as fakes
@@ -15,10 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from suite.archive.publishing import compute_verdict, publish_task
+from suite.archive.ties import _algorithm as untied_algorithm
 from suite.archive.verifying import compare, verify_published
-from suite.files import write_json
+from suite.files import json_safe, write_json
 from suite.record.manifest import write_manifest
+from suite.record.run import Run
 from suite.report import verbs as report_verbs
+from suite.spec.algorithms import resolve
 from suite.spec.plan import Cell
 from suite.spec.task import load_task
 
@@ -227,6 +231,27 @@ def test_a_stale_folder_is_still_held_against_its_own_machine(repo, key):
     folder_of(repo).rename(folder_of(repo).with_name("gpu-h100-8x"))
     found = differences(repo)
     assert sum("its folder is gpu-h100-8x" in line for line in found) == 6 and any("precision_asked: found {}" in line for line in found)
+
+
+@pytest.mark.parametrize("key", ["sync_floor", "timings", "algorithm"])
+def test_a_value_of_another_type_is_named_with_its_key(repo, key):
+    path = next(folder_of(repo).glob("bf16.s1/*/record.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: {"k3": {}}}))
+    write_manifest(folder_of(repo))
+    assert any(f"record.json: {key}.k3" in line for line in differences(repo))
+
+
+def test_the_row_of_the_loss_follows_from_the_settings():
+    """Whatever a record says of the algorithm that ran; a key that rows did not have then is no difference."""
+    settings = {"name": "PG-Seq-TIS", "cap": 5.0, "clip_low": None, "shuffle_rewards": False}
+    ran = json_safe(resolve("PG-Seq-TIS", cap=5.0).settings())
+
+    def lines(said):
+        return list(untied_algorithm(Run(Path("x"), {"algorithm": said, "cell": {"settings": {"algorithm": settings}}}, [], None)))
+
+    assert not lines(ran) and not lines({key: ran[key] for key in ("name", "cap")}) and not lines(None)
+    assert lines(ran | {"cap": 2.0}) == ["algorithm.cap: found 2.0, its settings give 5.0"]
+    assert lines(ran | {"advantage": None}) and lines(ran | {"correction": "mask"})
 
 
 def test_a_seed_or_an_arm_that_the_task_does_not_have_is_named(repo):

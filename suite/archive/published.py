@@ -89,6 +89,9 @@ class RecordShape(TypedDict):
     finished_utc: str | None
     error: NotRequired[dict[str, str] | None]
     weights: NotRequired[dict[str, Any]]
+    algorithm: NotRequired[dict[str, int | float | str | bool | None]]
+    sync_floor: NotRequired[dict[str, int | float | str]]
+    timings: NotRequired[dict[str, int | float]]
     earlier_environments: NotRequired[list[dict[str, Any]]]
 
 

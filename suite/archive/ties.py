@@ -12,10 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from suite.archive.published import RECORD, records_of
+from suite.files import json_safe
 from suite.machine import environment
 from suite.record.run import FINISHED, STATUSES, Run
+from suite.spec.algorithms import resolve
 from suite.spec.plan import Cell, differing_paths, read_path
 from suite.spec.task import read_task_text
+from suite.spec.validate_rl import NOT_OF_THE_ROW
 
 # What of a task decides neither a number nor a verdict: what says where a claim comes from and what it is called, what is
 # shown beside it, what a machine needs. It may be put better without a new version. And where a file lies is no part of
@@ -39,6 +42,7 @@ def _of_itself(run: Run) -> Iterator[str]:
     yield from _place(run)
     yield from _own_key(run)
     yield from _asked(run)
+    yield from _algorithm(run)
     yield from _machine(run)
 
 
@@ -96,6 +100,18 @@ def _asked(run: Run) -> Iterator[str]:
         found, pinned = (record.get("weights") or {}).get(name), read_path(settings, f"model.{name}", None)
         if found is not None and pinned not in (None, "unknown") and found != pinned:
             yield f"weights.{name}: found {str(found)[:64]}, the task pins {pinned}"
+
+
+def _algorithm(run: Run) -> Iterator[str]:
+    """The row of the loss is what its settings give. A key that rows have gained or lost since says nothing."""
+    said, settings = run.record.get("algorithm"), dict(run.record["cell"]["settings"].get("algorithm") or {})
+    if said is None or not settings:
+        return
+    overrides = {name: value for name, value in settings.items() if name not in NOT_OF_THE_ROW}
+    given = resolve(settings["name"], **overrides).settings()
+    for name in sorted(said.keys() & given.keys()):
+        if said[name] != json_safe(given[name]):
+            yield f"algorithm.{name}: found {said[name]!r}, its settings give {given[name]!r}"
 
 
 def _machine(run: Run) -> Iterator[str]:
