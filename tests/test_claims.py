@@ -325,8 +325,8 @@ def test_editors_complete_the_parameters_of_each_type(repository):
 
 
 def test_types_of_parameters_fit_what_they_say():
-    fitting = {"arm": "bf16", "number": -0.5, "share": 0.965, "count": 1700, "text": "x", "flag": True}
+    fitting = {"arm": "bf16", "number": -0.5, "share": 0.965, "count": 1700, "text": "x"}
     assert {name: TYPES[name].fits(value) for name, value in fitting.items()} == dict.fromkeys(TYPES, True)
     assert {name: TYPES[name].words(value) for name, value in fitting.items()} == {
-        "arm": "bf16", "number": "-0.5", "share": "96.5 %", "count": "1,700", "text": "x", "flag": "true"}  # fmt: skip
+        "arm": "bf16", "number": "-0.5", "share": "96.5 %", "count": "1,700", "text": "x"}  # fmt: skip
     assert not any(kind.fits(None) for kind in TYPES.values())

@@ -56,7 +56,6 @@ TYPES = {
     "count": Type("a whole number from 1", lambda v: _number(v) and isinstance(v, int) and v >= 1,
                   {"type": "integer", "minimum": 1}, lambda v: f"{v:,}"),
     "text": Type("text", lambda v: isinstance(v, str), {"type": "string"}, str),
-    "flag": Type("true or false", lambda v: isinstance(v, bool), {"type": "boolean"}, lambda v: str(v).lower()),
 }  # fmt: skip
 
 
