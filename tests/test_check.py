@@ -455,4 +455,4 @@ def test_a_number_near_one_keeps_what_lies_beside_it():
 
 def test_the_flags_have_the_defaults_that_the_guide_names():
     args = build_parser().parse_args(["check", "m"])
-    assert isinstance(args, argparse.Namespace) and (args.precision, args.seeds, args.samples, args.max_tokens) == (["bf16", "fp16"], [0, 1, 2], 4, 512)
+    assert isinstance(args, argparse.Namespace) and (args.precision, args.seeds, args.samples, args.max_tokens) == (["bf16", "fp16"], [0, 1, 2], 4, 256)

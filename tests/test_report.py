@@ -6,6 +6,7 @@ import getpass
 import gzip
 import io
 import json
+import re
 import shutil
 import socket
 import xml.etree.ElementTree as ElementTree
@@ -487,7 +488,7 @@ def test_a_mixture_s_mismatch_and_other_experts_stand_beside_the_dense_task_of_t
 
 def test_the_same_records_give_the_same_bytes(repo):
     files = generated_files(repo / "results", load_all())
-    assert {"RESULTS.md", "results.tex", "results.csv", "index.html"} <= files.keys() and len(files) == 7
+    assert {"RESULTS.md", "results.tex", "results.csv", "index.html"} <= files.keys() and len(files) == 8
     assert all((repo / "results" / name).read_bytes() == data for name, data in files.items())
 
 
@@ -496,6 +497,7 @@ def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
     for path in edited:
         path.write_text(path.read_text() + "edited by hand")
     (folder_of(repo) / "figures" / "old.svg").write_text("<svg/>")
+    (repo / "results" / "pages" / "gone.html").write_text("")
     (repo / "results" / "results.tex").unlink()
     assert report_verbs.report(repo / "results", check=True) == 1
     out = capsys.readouterr().out
@@ -504,6 +506,7 @@ def test_check_names_what_would_change_and_changes_nothing(repo, capsys):
         "index.html (different)",
         "figure5.svg (different)",
         "old.svg (no longer generated)",
+        "gone.html (no longer generated)",
         "results.tex (missing)",
     ):
         assert text in out
@@ -592,6 +595,62 @@ def test_the_page_is_self_contained_and_shows_every_row_and_figure(repo):
     assert "C1-k3-ratio" in page and "C2-seq" in page and f"desk-tiny/{fakes.FINGERPRINT}/figures/figure5.svg" in page
     assert "Sequence-level KL | as the paper prints it." in page
     assert "<link" not in page and 'src="http' not in page and "viewport" in page
+
+
+def test_every_link_of_the_pages_leads_to_something(repo):
+    results = repo / "results"
+    pages = {path: path.read_text() for path in (results / "index.html", results / "pages" / "desk-tiny.html")}
+    for path, text in pages.items():
+        for address in re.findall(r'(?:href|src)="([^"]+)"', text):
+            place, _, anchor = address.partition("#")
+            if address.startswith("https://arxiv.org") or anchor.startswith("rows:"):
+                continue
+            target = (path.parent / place).resolve() if place else path
+            assert target.is_file(), address
+            assert not anchor or f'id="{anchor}"' in target.read_text(), address
+
+
+def test_the_page_of_a_task_shows_its_text_runs_precision_and_how_to_run_it_again(repo):
+    page = (repo / "results" / "pages" / "desk-tiny.html").read_text()
+    for text in ("suite reproduce desk-tiny", "C1-k3-ratio", "Precision as executed", "runs</summary>", "id: desk-tiny", fakes.FINGERPRINT, "figures/figure5.svg"):
+        assert text in page
+    assert len(page) < 1_000_000 and "<script" not in page
+
+
+def test_each_claim_of_the_paper_is_a_line_with_what_each_tier_came_to():
+    from suite.report.matrix import claim_lines
+
+    rows = [row(tier="desk", fingerprint="a", claim_id="C1-x"), row(tier="desk", fingerprint="b", claim_id="C1-x", verdict="FAIL"),
+            row(tier="paper", fingerprint=None, verdict="NOT_RUN", claim_id="C1-y"), row(claim="C10", claim_id="C10-z", fingerprint="a", verdict=None)]  # fmt: skip
+    first, second = claim_lines(rows, {"C1": "The first"})
+    cells = {cell.tier: (cell.words, cell.num_machines, cell.num_claims) for cell in first.cells}
+    assert (first.claim, first.title, second.claim) == ("C1", "The first", "C10")
+    assert cells == {"paper": ((), 0, 1), "node": ((), 0, 0), "desk": ((("PASS", 1), ("FAIL", 1)), 2, 1)}
+
+
+def drawn(**values):
+    from suite.report.interval_plot import interval_plot
+
+    return str(interval_plot(row(**values)))
+
+
+def place_of(svg: str, kind: str) -> list[float]:
+    return [float(number) for number in re.findall(rf'class="{kind}"[^>]*?(?:cx="|d="M|x=")([\d.]+)', svg)]
+
+
+def test_a_plot_puts_what_it_shows_in_the_order_of_its_numbers():
+    svg = drawn(estimate=60.0, interval=[50.0, 70.0], accept=[16, 128], paper_value=64, paper_unit="ratio", unit="ratio")
+    (estimate,), (left,), (paper,), (field,) = (place_of(svg, kind) for kind in ("p-estimate", "p-interval", "p-paper", "p-accept"))
+    assert field < left < estimate < paper
+    assert "estimate 60; interval [50, 70]; accept [16, 128]; paper 64" in svg
+
+
+def test_a_plot_leaves_out_what_it_cannot_compare_and_survives_odd_numbers():
+    assert place_of(drawn(estimate=1.0, interval=None, paper_value=64, paper_unit="%", unit="share", accept=None), "p-paper") == []
+    assert drawn(estimate=None, interval=None) == "" and drawn(estimate=[1, 2], interval=None) == ""
+    for estimate, interval, accept in ((0.0, [0.0, 0.0], [0, 0]), (1.0, [0.5, 2.0], [None, 1.0]), (1e-9, [1e-12, 1e3], [0.0, None])):
+        svg = drawn(estimate=estimate, interval=interval, accept=accept, paper_value=None)
+        assert all(0 <= float(number) <= 168 for number in re.findall(r'(?:cx|x)="([\d.-]+)"', svg)) and "nan" not in svg
 
 
 def test_text_from_tasks_cannot_break_the_page():

@@ -24,7 +24,7 @@ BUILTIN = "builtin"
 FIELDS = ("prompt", "messages", "token_ids")
 MAX_PROMPTS = 100_000
 MAX_BYTES = 2**28
-EMBEDDED_TERMS = (((4, 24), 8), ((25, 200), 8))  # terms of a problem, and how many: trained lengths, and far beyond
+EMBEDDED_TERMS = (((4, 24), 6), ((25, 100), 6))  # terms of a problem, and how many: trained lengths, and beyond
 RANDOM_PROMPTS, RANDOM_TOKENS = 16, 32
 
 

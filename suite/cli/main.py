@@ -228,7 +228,7 @@ def _check_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--trainer-dtype", metavar="DTYPE", help="of the trainer, where it is not that of the sampler")
     verb.add_argument("--prompts", default="builtin", metavar="FILE", help=".txt, .jsonl or .parquet (default: builtin)")
     verb.add_argument("--samples", type=_positive, metavar="N", default=4, help="responses per prompt (default: %(default)s)")
-    verb.add_argument("--max-tokens", type=_positive, metavar="N", default=512, help="per response (default: %(default)s)")
+    verb.add_argument("--max-tokens", type=_positive, metavar="N", default=256, help="per response (default: %(default)s)")
     verb.add_argument("--seeds", type=_numbers, metavar="0,1", default=[0, 1, 2], help="launches (default: 0,1,2)")
     verb.add_argument("--sampler", choices=("vllm", "hf", "auto"), default="auto", help="default: vllm where it is installed")
     verb.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of the trainer (default: %(default)s)")

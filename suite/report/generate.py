@@ -18,6 +18,7 @@ from suite.report import page, readme, tables
 from suite.report.escaping import escape_address, escape_markdown
 from suite.report.figures import plots
 from suite.report.findings import findings
+from suite.report.matrix import claim_titles
 from suite.report.mixtures import mixtures_markdown
 from suite.report.rows import result_rows
 from suite.spec.kinds import kind_of
@@ -26,7 +27,7 @@ from suite.spec.kinds import kind_of
 def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     """All generated files by their path below `results_dir`."""
     rows = result_rows(results_dir, tasks)
-    files, figures, matrices, verdicts = {}, [], [], []
+    files, figures, matrices, verdicts, places = {}, [], [], [], {}
     for folder in fingerprint_folders(results_dir):
         with records_of(folder):
             runs = published_runs(results_dir, folder.parent.name, folder.name)
@@ -37,6 +38,9 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
         place = folder.relative_to(results_dir).as_posix()
         files |= {f"{place}/figures/{figure.name}.svg": figure.svg for figure in drawn}
         files[f"{place}/{MANIFEST}"] = _manifest(folder, {f"figures/{f.name}.svg": f.svg for f in drawn})
+        beside = [(f"{place}/figures/{one.name}.svg", one.caption) for one in drawn]
+        of_task = places.setdefault(folder.parent.name, [])
+        of_task.append(page.Place(folder.name, verdicts[-1], runs, beside, tables.arm_table(verdicts[-1])))
         figures += [(folder.parent.name, folder.name, f"{place}/figures/{f.name}.svg", f.caption) for f in drawn]
     arms = [table for table in map(tables.arm_table, verdicts) if table]
     found = findings(rows)
@@ -46,7 +50,10 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     files["RESULTS.md"] = tables.markdown(rows, [*sections, *_figure_sections(figures)]).encode()
     files["results.tex"] = tables.latex(rows).encode()
     files["results.csv"] = tables.comma_separated(rows).encode()
-    files["index.html"] = page.render(rows, figures, matrices, arms, found).encode()
+    titles = claim_titles(results_dir.resolve().parent)
+    files["index.html"] = page.render(rows, figures, matrices, found, titles).encode()
+    for task in (task for task in places if task in tasks):
+        files[f"{page.PAGES}/{task}.html"] = page.render_task(task, rows, places[task]).encode()
     beside = readme.readme_of(results_dir)
     if beside:
         files["../README.md"] = readme.with_results(beside.read_text(), found, verdicts).encode()
@@ -82,7 +89,8 @@ def changed_files(results_dir: Path, files: dict[str, bytes]) -> dict[str, str]:
             changes[name] = "missing"
         elif read_bytes(path) != data:
             changes[name] = "different"
-    there = (path.relative_to(results_dir).as_posix() for path in results_dir.glob("*/*/figures/*"))
+    patterns = ("*/*/figures/*", f"{page.PAGES}/*")
+    there = (path.relative_to(results_dir).as_posix() for pattern in patterns for path in results_dir.glob(pattern))
     return changes | {name: "no longer generated" for name in there if name not in files}
 
 

@@ -9,6 +9,7 @@ from jinja2 import Environment, FunctionLoader
 
 def render_page(place: str, name: str, **values) -> str:
     """The template `templates/<name>` of the package `place`, filled. Every page may include style.css of suite.report."""
+
     def load(wanted: str) -> str:
         package = "suite.report" if wanted == "style.css" else place
         return (files(package) / "templates" / wanted).read_text(encoding="utf-8")
