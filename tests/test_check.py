@@ -456,3 +456,11 @@ def test_a_number_near_one_keeps_what_lies_beside_it():
 def test_the_flags_have_the_defaults_that_the_guide_names():
     args = build_parser().parse_args(["check", "m"])
     assert isinstance(args, argparse.Namespace) and (args.precision, args.seeds, args.samples, args.max_tokens) == (["bf16", "fp16"], [0, 1, 2], 4, 256)
+
+
+def test_a_model_whose_sizes_have_other_names_has_no_shape_and_is_no_error(tmp_path):
+    from suite.spec.shapes import shape_of
+
+    assert shape_of({"path": str(checkpoint_in(tmp_path / "m"))}) is None
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    assert shape_of({"path": str(checkpoint_in(tmp_path / "n", CONFIG | sizes))}).layers == 2

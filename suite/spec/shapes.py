@@ -12,6 +12,9 @@ from pathlib import Path
 from suite.spec.checkout import find_repo
 
 
+NEEDED = {"num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads"}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A decoder of grouped-query attention and gated MLPs, or of experts in their place. Sizes are numbers of channels."""
@@ -94,8 +97,11 @@ SHAPES = {
 
 
 def shape_of(model: Mapping) -> Shape | None:
-    """The shape of a resolved `model` section; None where it is neither in a local folder nor in the table."""
+    """The shape of a resolved `model` section; None where it is neither in a local folder nor in the table, or is not of this
+    kind: its config.json names its sizes otherwise."""
     if model.get("path"):
-        config = find_repo() / Path(model["path"]).expanduser() / "config.json"
-        return Shape.of(json.loads(config.read_text())) if config.is_file() else None
+        folder = Path(model["path"]).expanduser()
+        file = (folder if folder.is_absolute() else find_repo() / folder) / "config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        return Shape.of(config) if NEEDED <= config.keys() else None
     return SHAPES.get(model.get("id") or "")
