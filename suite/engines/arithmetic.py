@@ -85,11 +85,13 @@ class RoundedProducts(TorchFunctionMode):
 
 
 class CachedAs(TorchFunctionMode):
-    """Inside this mode, attention reads keys and values as a cache of 8 bits gives them back: rounded to nearest even."""
+    """Inside this mode, attention reads keys and values as vLLM's cache of 8 bits gives them back: rounded to nearest even on
+    a GPU; on a CPU its kernels (0.32) cut the bits off that do not fit, which makes every number smaller."""
 
     def __init__(self, cache: str):
         super().__init__()
         self._dtype = getattr(torch, cache.replace("fp8", "float8").replace("e4m3", "e4m3fn"))
+        self._mantissa_bits = {"fp8_e4m3": 3, "fp8_e5m2": 2}[cache]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -99,7 +101,15 @@ class CachedAs(TorchFunctionMode):
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
         largest = torch.finfo(self._dtype).max
+        if tensor.device.type == "cpu":
+            tensor = _cut(tensor, self._mantissa_bits)
         return tensor.clamp(-largest, largest).to(self._dtype).to(tensor.dtype)
+
+
+def _cut(tensor: torch.Tensor, mantissa_bits: int) -> torch.Tensor:
+    """Rounded towards zero to so many explicit mantissa bits."""
+    kept = -1 << (FP32_MANTISSA_BITS - mantissa_bits)
+    return (tensor.float().view(torch.int32) & kept).view(torch.float32).to(tensor.dtype)
 
 
 def _tensors(values):
