@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 
-from suite.engines.arithmetic import RoundedProducts, arithmetic_for, on_grid, round_to  # noqa: E402
+from suite.engines.arithmetic import CachedAs, RoundedProducts, arithmetic_for, on_grid, round_to  # noqa: E402
 from suite.spec.precision import COARSE_FORMATS  # noqa: E402
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -206,3 +206,17 @@ def test_the_flags_of_products_are_told_as_words():
         assert matmul_flags()["bf16_reduced_precision_reduction"] == "false"
     finally:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before
+
+
+@pytest.mark.parametrize(("cache", "bits"), [("fp8_e4m3", 3), ("fp8_e5m2", 2)])
+def test_a_cache_of_8_bits_on_a_cpu_cuts_keys_and_values_off_and_leaves_the_query_alone(cache, bits):
+    def cut(x):  # towards zero, with exact powers of two
+        spacing = torch.pow(2.0, torch.floor(torch.log2(x.abs())) - bits)
+        return torch.sign(x) * torch.floor(x.abs() / spacing) * spacing
+
+    q, k, v = (operands(torch.float32, 1, 2, 5, 16, seed=s) for s in range(3))
+    k, v = (torch.where(x.abs() < 2.0**-6, 1.0, x) for x in (k, v))  # the smallest normal number of e4m3
+    with CachedAs(cache):
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert torch.equal(found, F.scaled_dot_product_attention(q, cut(k), cut(v), is_causal=True))
+    assert not torch.equal(cut(k), k)

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from suite.archive.doses import (
-    Level, Launch, dose_rows, launch_of, level_rows, line_text, own_levels, responses,
+    Launch,
+    Level,
+    dose_rows,
+    launch_of,
+    level_rows,
+    line_text,
+    own_levels,
+    responses,
+    responses_of,
 )  # fmt: skip
 
 SETTINGS = {
@@ -101,3 +109,28 @@ def test_the_levels_of_the_model_are_those_of_launches_in_that_precision():
     assert [(level.label, level.k3) for level in own_levels(runs)] == [
         ("bf16 of this model", pytest.approx(2e-5)), ("fp16 of this model", pytest.approx(4e-7)),
     ]  # fmt: skip
+
+
+def test_a_task_shows_the_families_of_its_own_launches_with_those_of_other_tasks_on_the_same_machine():
+    mine = [one for one in launches() if one.arm != "fp32-m1"]
+    others = [one for one in launches() if one.arm == "fp32-m1"]
+    published = {("a", "cpu"): mine, ("b", "cpu"): others, ("b", "other-cpu"): [replace(one, time=1) for one in others],
+                 ("c", "cpu"): [replace(one, family="g") for one in launches()]}  # fmt: skip
+    response, = responses_of(published, "a", "cpu", min_doses=2)
+    assert response.line.slope == responses(launches())[0].line.slope
+    assert responses_of(published, "b", "cpu", min_doses=2) == [], "one dose of its own"
+    assert len(responses_of(published, "b", "cpu")) == 1 and responses_of(published, "nobody", "cpu") == []
+
+
+def test_the_section_has_both_tables_and_the_figure_its_line_and_levels():
+    pytest.importorskip("matplotlib")
+    from suite.report.doses import dose_sections
+    from suite.report.figures.dose import dose_figures
+
+    published = {("a", "cpu"): list(launches()), ("z", "cpu"): []}
+    heading, section = dose_sections(published, [Level("bf16 of this model", 2e-5)])
+    assert heading.startswith("## Time of collapse") and "### a: GRPO" in section
+    assert section.count("beyond the doses") == 2 and "the paper's bf16" in section and "On cpu;" in section
+    figure, = dose_figures(responses(launches()), [Level("bf16 of this model", 2e-5)])
+    assert figure.name == "dose" and b"bf16 of this model" in figure.svg and "Of 15 launches 10 fell" in figure.caption
+    assert dose_sections({("a", "cpu"): []}, []) == [] and dose_figures([], []) == []

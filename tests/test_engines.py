@@ -6,10 +6,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from small_models import EOS, ROLLOUT, TRAIN, VOCABULARY, as_sequences, some_requests, write_model  # noqa: E402
+from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, VOCABULARY, as_sequences, some_requests, write_model  # noqa: E402
 
 from suite.engines.batch import Request  # noqa: E402
 from suite.engines.samplers.load import load_sampler  # noqa: E402
+from suite.engines.sync import Probe, SyncError, prove_sync  # noqa: E402
 from suite.engines.trainers.load import load_trainer  # noqa: E402
 from suite.spec.precision import contract_breaches  # noqa: E402
 
@@ -123,17 +124,34 @@ def test_16_bit_engines_run_in_the_dtype_that_was_asked_for(model):
     assert executed["checkpoint"] == "fp32" and executed["kv_cache"] == "bf16"
 
 
+class WithoutOneTensor:
+    """A sampler that drops one tensor of every reload."""
+
+    def __init__(self, sampler):
+        self._sampler = sampler
+
+    def load_weights(self, named_tensors):
+        self._sampler.load_weights([pair for pair in named_tensors if "layers.1.mlp.down_proj" not in pair[0]])
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
+
+
 @pytest.mark.skipif(not __import__("torch").cpu._is_avx512_supported(), reason="vLLM's CPU kernels need AVX-512 for a cache of 8 bits")
 def test_a_cache_of_8_bits_is_read_back_from_the_live_engine_and_moves_the_log_probs(model):
     asked = {"rollout": "fp32", "train": "fp32", "kv_cache": "fp8_e5m2"}
     sampler = load_sampler(model, ROLLOUT, "fp32", [EOS], kv_cache="fp8_e5m2")
     rollouts = sampler.sample(some_requests(24))
     executed = sampler.executed()
+    trainer = load_trainer(model, TRAIN | {"optimizer": OPTIMIZER}, asked, 1.0)
+    probe = Probe(as_sequences(rollouts[:8]), "fp32", cache="fp8_e5m2")
+    assert prove_sync(trainer, sampler, "fp32", probe).logprob_diff_mean < 1e-4, "the cache's own rounding is not in the floor"
+    with pytest.raises(SyncError, match="stale weights"):
+        prove_sync(trainer, WithoutOneTensor(sampler), "fp32", probe)
     sampler.close()
     assert executed["kv_cache"] == "fp8_e5m2" and executed["rollout_weights"] == "fp32"
     assert contract_breaches(asked, executed) == [] and contract_breaches(asked | {"kv_cache": None}, executed)
-    r = gap(load_trainer(model, TRAIN, asked, 1.0).score(as_sequences(rollouts)), rollouts)
-    assert 1e-3 < r.mean() < 1, "in fp32 it is below 1e-5"
+    assert 1e-3 < gap(trainer.score(as_sequences(rollouts)), rollouts).mean() < 1, "in fp32 it is below 1e-5"
 
 
 @pytest.mark.parametrize("engine", ["vllm", "hf"])

@@ -181,3 +181,18 @@ def line_text(response: Response) -> str:
     slope = response.line.slope_interval()
     ends = f"{slope.estimate:.2f} [{slope.lo:.2f}, {slope.hi:.2f}]"
     return f"Of {len(launches)} launches {fell} fell; the time to the fall goes with the power {ends} of the dose (90 %, the others censored)."
+
+
+LEVELS_OF = "desk-sanity-grpo"  # the task whose arms are bf16 and fp16 of the desk model
+Published = dict[tuple[str, str], list[Launch]]  # launches by task and fingerprint
+
+
+def responses_of(published: Published, task_id: str, fingerprint: str, min_doses: int = 1) -> list[Response]:
+    """The families to which launches of a task at `min_doses` doses or more belong, with the launches of every task on the same
+    fingerprint."""
+    own = published.get((task_id, fingerprint), [])
+    doses: dict[str, set[str]] = {}
+    for launch in own:
+        doses.setdefault(launch.family, set()).update([launch.arm] if launch.k3 >= EXACT else [])
+    wanted = {family for family, arms in doses.items() if len(arms) >= min_doses}
+    return responses(one for (_, where), its in published.items() if where == fingerprint for one in its if one.family in wanted)

@@ -110,6 +110,13 @@ def print_task(resolved: ResolvedTask) -> None:
         raise TaskErrors(errors)
 
 
+def print_falls(task: Task, results: Path) -> None:
+    """What the published launches of a task say beside its verdict (falls.py)."""
+    from suite.cli import falls
+
+    falls.print_falls(_console(), _table, task, results)
+
+
 def _claim_lines(task: Task, claim: Claim) -> list[str]:
     lines = []
     if claim.paper is not None:

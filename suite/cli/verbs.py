@@ -58,7 +58,9 @@ def show_one(args) -> int:
         tasks, errors = _readable()
         rendering.print_claim(args.name.split("-")[0].upper(), tasks, find_repo())
         return _with_errors(errors, 0)
-    rendering.print_task(resolve_task(load_task(args.name)))
+    task = load_task(args.name)
+    rendering.print_task(resolve_task(task))
+    rendering.print_falls(task, find_repo() / "results")
     return 0
 
 

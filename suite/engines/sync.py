@@ -38,6 +38,7 @@ CHALLENGE_SCALE, CHALLENGE_ROUNDINGS = 0.1, 1.1
 # with the weights, and engines that share kernels may start from almost none; a stale tensor in the challenge moves the
 # gap by orders of magnitude.
 TOLERATED_FACTOR, TOLERATED_ROUNDINGS, TOLERATED_NATS = 4.0, 4.0, 2e-6
+CACHE_FLIP_NATS = 1e-4  # a key on the edge of two 8-bit numbers is one of them here, the other there; a stale tensor gives 5e-4 and more
 FLOOR_SHARE = 0.25  # a floor is at most this share of what the challenge does to the trainer's own log-probs
 
 
@@ -86,6 +87,7 @@ class Probe:
     def allowed(self, floor: Gap) -> float:
         """The largest mean |dlogp|, nats per token, that counts as at the floor."""
         slack = TOLERATED_ROUNDINGS * FORMATS[self.precision].rounding + TOLERATED_NATS
+        slack += CACHE_FLIP_NATS if self.cache in CACHE_FORMATS else 0.0
         return TOLERATED_FACTOR * floor.logprob_diff_mean + slack
 
     def holds(self, gap: Gap, floor: Gap) -> bool:

@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from suite.archive.doses import LEVELS_OF, PAPER_LEVELS, launch_of, own_levels, responses_of
 from suite.archive.published import MANIFEST, VERDICT, exists, read_manifest, read_verdict, records_of
 from suite.archive.publishing import fingerprint_folders, published_runs
 from suite.door import read_bytes
 from suite.files import write_atomic
 from suite.report import page, readme, tables
+from suite.report.doses import MIN_DOSES, dose_sections
 from suite.report.escaping import escape_address, escape_markdown
 from suite.report.figures import plots
+from suite.report.figures.dose import dose_figures
 from suite.report.findings import findings
 from suite.report.matrix import claim_titles
 from suite.report.mixtures import mixtures_markdown
@@ -27,14 +30,19 @@ from suite.spec.kinds import kind_of
 def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     """All generated files by their path below `results_dir`."""
     rows = result_rows(results_dir, tasks)
-    files, figures, matrices, verdicts, places = {}, [], [], [], {}
+    files, figures, matrices, verdicts, places, drawn_of, launches, levels = {}, [], [], [], {}, {}, {}, []
     for folder in fingerprint_folders(results_dir):
         with records_of(folder):
             runs = published_runs(results_dir, folder.parent.name, folder.name)
             task = tasks.get(folder.parent.name)
-            drawn = plots.figures(kind_of(task), runs) if task else []
+            drawn_of[folder] = plots.figures(kind_of(task), runs) if task else []
             matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
             verdicts.append(read_verdict(folder / VERDICT))
+            launches[folder.parent.name, folder.name] = [one for one in map(launch_of, runs) if one]
+            levels = own_levels(runs) if folder.parent.name == LEVELS_OF else levels  # of the last such machine by name
+    for folder, drawn in drawn_of.items():
+        found = responses_of(launches, folder.parent.name, folder.name, MIN_DOSES)
+        drawn = sorted([*drawn, *dose_figures(found, [*levels, *PAPER_LEVELS])], key=lambda figure: figure.name)
         place = folder.relative_to(results_dir).as_posix()
         files |= {f"{place}/figures/{figure.name}.svg": figure.svg for figure in drawn}
         files[f"{place}/{MANIFEST}"] = _manifest(folder, {f"figures/{f.name}.svg": f.svg for f in drawn})
@@ -47,6 +55,7 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     sections = [tables.matrix_markdown(*found) for found in matrices] + mixtures_markdown(verdicts, tasks)
     if arms:
         sections += ["## Metrics of the arms, means over launches", *map(tables.arm_table_markdown, arms)]
+    sections += dose_sections(launches, levels)
     files["RESULTS.md"] = tables.markdown(rows, [*sections, *_figure_sections(figures)]).encode()
     files["results.tex"] = tables.latex(rows).encode()
     files["results.csv"] = tables.comma_separated(rows).encode()
