@@ -14,10 +14,10 @@ from suite.errors import EXIT_NOT_RUN, EXIT_NOTHING, EXIT_USAGE, NotRunnable, Ta
 from suite.files import write_atomic
 from suite.spec.json_schema import json_schema
 from suite.spec.kinds import Kind, kind_of
-from suite.spec.lock import stray_locks, write_lock
+from suite.spec.lock import regrading_errors, stray_locks, write_lock
 from suite.spec.plan import Cell, ResolvedTask, resolve_task
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import Task, find_repo, load_all, load_readable, load_task, task_files
+from suite.spec.task import Task, find_repo, load_readable, load_task, task_files
 from suite.spec.validate import check_unlocked, require_valid, validate_file
 
 
@@ -84,23 +84,37 @@ def _strays() -> list[TaskError]:
 
 
 def lock(args) -> int:
-    """Write out the named tasks, or all of them and tasks/schema.json; other files in tasks/_resolved go."""
-    changed, tasks = [], load_all()
-    if unknown := [name for name in args.tasks if name not in tasks]:
-        raise UserError(f"no task {unknown[0]!r}; there are: {', '.join(tasks)}")
-    for task in [tasks[name] for name in args.tasks or tasks]:
-        errors, _ = check_unlocked(task)
-        if errors:
-            raise TaskErrors(errors)
-        changed += [f"{task.id}: written out"] if write_lock(task) else []
-    folder = find_repo() / "tasks"
+    """Write out the named tasks, or all of them and tasks/schema.json; other files in tasks/_resolved go. What is wrong with
+    one task holds up no other."""
+    files, changed, errors = task_files(), [], []
+    if unknown := [name for name in args.tasks if name not in files]:
+        raise UserError(f"no task {unknown[0]!r}; there are: {', '.join(files)}")
+    for name in args.tasks or files:
+        try:
+            changed += [f"{name}: written out"] if _write_lock(files[name]) else []
+        except TaskErrors as found:
+            errors += found.errors
     if not args.tasks:
-        for path in stray_locks(folder, set(task_files())):
-            path.unlink()
-            changed.append(f"{path.name}: removed, there is no such task")
-        write_atomic(folder / "schema.json", json_schema(folder).encode())
-    print("\n".join(changed) or "every lock is current")
-    return 0
+        changed += _tidy_resolved(find_repo() / "tasks", set(files))
+    print("\n".join(changed) or "no lock changed")
+    return _with_errors(errors, 0)
+
+
+def _write_lock(path: Path) -> bool:
+    task = load_task(path)
+    errors, _ = check_unlocked(task)
+    if errors := errors or regrading_errors(task):
+        raise TaskErrors(errors)
+    return write_lock(task)
+
+
+def _tidy_resolved(folder: Path, ids: set[str]) -> list[str]:
+    """Remove the locks of no task and write schema.json; what was removed, a line each."""
+    strays = stray_locks(folder, ids)
+    for path in strays:
+        path.unlink()
+    write_atomic(folder / "schema.json", json_schema(folder).encode())
+    return [f"{path.name}: removed, there is no such task" for path in strays]
 
 
 def doctor(args) -> int:

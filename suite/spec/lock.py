@@ -31,22 +31,21 @@ def lock_errors(task: Task) -> list[TaskError]:
     path = lock_path(task)
     if path is None:
         return []
-    command = f"run: suite lock {task.id}"
-    if not path.is_file():
+    command, then = f"run: suite lock {task.id}", _text(path)
+    if then is None:
         return [TaskError(path, "(file)", "nothing", f"the task written out in full; {command}")]
-    then = path.read_text(encoding="utf-8", errors="replace")
     if then == task.text:
         return []
     old, new = (parse_yaml(text, path)[0] or {} for text in (then, task.text))
     key = (differing_paths(old, new) or ["(file)"])[0]
     found, now = (read_path(part, key, None) for part in (old, new)) if key != "(file)" else ("another text", "the text that the task comes to")
-    return regrading_errors(task, then) or [TaskError(path, key, found, f"{now}: the lock is stale; {command}")]
+    return regrading_errors(task) or [TaskError(path, key, found, f"{now}: the lock is stale; {command}")]
 
 
-def regrading_errors(task: Task, then: str) -> list[TaskError]:
-    """A task that is judged otherwise than its lock says, under no higher grade_version, or one whose grade_version fell.
-    then: the text of the lock."""
-    old, problems, _ = read_task_text(then, task.file)
+def regrading_errors(task: Task) -> list[TaskError]:
+    """A task that is judged otherwise than its lock says, under no higher grade_version, or one whose grade_version fell."""
+    then = _text(_folder(task) / f"{task.id}.yaml")
+    old, problems, _ = read_task_text(then, task.file) if then is not None else (None, [], [])
     if old is None or problems or old.grade_version < task.grade_version:
         return []
     changed = differing_paths(_judged(old), _judged(task))
@@ -59,16 +58,21 @@ def regrading_errors(task: Task, then: str) -> list[TaskError]:
 
 
 def write_lock(task: Task) -> bool:
-    """Write the lock of a task; False where it was current. Raises TaskError for a change that needs a grade_version."""
-    path = base_folder(task.file).parent / "_resolved" / f"{task.id}.yaml"
-    then = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
-    if then == task.text:
+    """Write the lock of a task that regrading_errors has nothing against; False where it was current."""
+    path = _folder(task) / f"{task.id}.yaml"
+    if _text(path) == task.text:
         return False
-    if then is not None and (errors := regrading_errors(task, then)):
-        raise errors[0]
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, task.text.encode())
     return True
+
+
+def _folder(task: Task) -> Path:
+    return base_folder(task.file).parent / "_resolved"
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def stray_locks(tasks: Path, ids: set[str]) -> list[Path]:
