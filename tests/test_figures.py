@@ -52,6 +52,16 @@ def test_an_rl_figure_has_reward_mismatch_on_log_axes_largest_differences_and_th
     assert low == -high and low < -0.2 and high > 0.3, "both ends of pi - mu, around 0"
 
 
+def test_a_mixture_s_rl_figure_has_a_panel_of_other_experts_as_long_as_the_others(drawn, rl_task):
+    runs = rl_runs(rl_task)
+    for run in runs:
+        share = 0.02 if run.arm == "bf16" else 0.0
+        run.metrics[:] = [row | {"routing_disagreement": share} for row in run.metrics]
+    *_, extremes, experts = plots_rl.plot_rl(runs, None).axes
+    assert experts.get_ylabel() == "other experts (share)" and experts.get_xlabel() == "iteration" and not extremes.get_xlabel()
+    assert {float(line.get_ydata()[0]) for line in experts.lines} == {0.02, 0.0} and experts.get_ylim()[0] == 0
+
+
 def test_several_arms_of_one_precision_have_colours_of_their_own():
     styles = plots_rl.styles_of(["bf16", "fp16", "fp16-a", "fp16-b", "fp16-c"])
     assert len({style["color"] for style in styles.values()}) == 5

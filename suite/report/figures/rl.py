@@ -15,6 +15,9 @@ from suite.spec.task import find_repo
 
 MORE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a5a00")  # readable beside those of the precisions
 
+ROUTING = "routing_disagreement"
+
+
 def paper_curve(algorithm: str) -> Path | None:
     """The digitised training curve (figure 1 a-f) of an algorithm named as in the paper, if there is one."""
     wanted = re.sub(r"[^a-z]", "", algorithm.lower())
@@ -25,13 +28,16 @@ def paper_curve(algorithm: str) -> Path | None:
 
 
 def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
-    """Four panels over iterations: reward; k3 and mean |pi - mu|, each on a log axis; max and min of pi - mu.
+    """Four panels over iterations: reward; k3 and mean |pi - mu|, each on a log axis; max and min of pi - mu. Of a mixture of
+    experts a fifth: the share of token-layer pairs for which sampler and trainer choose other experts.
 
     Thin lines are seeds, thick ones their mean over the iterations that all seeds reached. With `curve_csv` (columns
     precision, step, reward) the paper's curve is dotted into the reward panel, on an axis of its own above.
     """
-    figure, axes = plt.subplots(4, 1, figsize=(7.2, 9.6), sharex=True, layout="constrained")
-    panels = (("reward_mean",), ("k3_nats_per_token",), ("prob_diff_mean",), ("prob_diff_max", "prob_diff_min"))
+    panels = [("reward_mean",), ("k3_nats_per_token",), ("prob_diff_mean",), ("prob_diff_max", "prob_diff_min")]
+    if series_of(runs, ROUTING):
+        panels.append((ROUTING,))
+    figure, axes = plt.subplots(len(panels), 1, figsize=(7.2, 2.4 * len(panels)), sharex=True, layout="constrained")
     styles = styles_of(sorted({run.arm for run in runs}))
     for panel, names in zip(axes, panels):
         for name in names:
@@ -41,9 +47,12 @@ def plot_rl(runs: list[Run], curve_csv: Path | None) -> bytes:
     axes[1].set(ylabel="k3 (nats per token)", yscale="log")
     axes[2].set(ylabel="mean |π − μ|", yscale="log")
     reach = min(1.05, 1.1 * max(abs(end) for end in axes[3].get_ylim()))  # a difference of probabilities ends at 1
-    axes[3].set(ylabel="max and min of π − μ", xlabel="iteration", ylim=(-reach, reach))
-    axes[3].xaxis.get_major_locator().set_params(integer=True)
+    axes[3].set(ylabel="max and min of π − μ", ylim=(-reach, reach))
     axes[3].axhline(0, color="#999999", linewidth=0.8)
+    for panel in axes[4:]:
+        panel.set(ylabel="other experts (share)", ylim=(0, None))
+    axes[-1].set(xlabel="iteration")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     if curve_csv is not None:
         _paper_axis(axes[0], read_curve(curve_csv))
     axes[0].legend(loc="lower right", ncols=3, fontsize="small")
