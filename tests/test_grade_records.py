@@ -2,11 +2,13 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, offline_run, only, prompt_table, run_of, series_run, task_of
 
+from suite.grade.sameness import same_runs
 from suite.grade.verdict import Needed, grade_task
 
 NOISE = {"bf16": 2.0**-5, "fp16": 2.0**-8}
@@ -179,6 +181,24 @@ def test_series_that_agree_to_the_last_bit_are_one_run_but_a_first_iteration_may
 def test_attempts_of_one_cell_and_runs_without_chance_may_agree(five):
     again = [run_of(five, run.arm, run.seed, summary=run.summary, started_utc="2026-01-02T00:00:00Z") for run in launches(five)]
     assert grade_task(five, launches(five) + again)["verdict"] == "PASS"
+
+
+def scored(arm, seed, sums, replay=None):
+    settings = {"rollout": {"temperature": 1.0}, "train": {"routing_replay": replay}}
+    record = {"task": {"id": "t"}, "cell": {"settings": settings}}
+    table = {name: np.array(sums) for name in ("sum_k1", "sum_k2", "sum_k3", "sum_abs_prob_diff")}
+    return SimpleNamespace(record=record, status="success", arm=arm, seed=seed, point={}, metrics=[], summary=table)
+
+
+@pytest.mark.parametrize(("replay", "seed", "sums", "is_one"), [
+    (None, 0, [1.0, 2.0, 7.0, 8.0], True),  # half of the problems to the last bit
+    ("rollout", 0, [1.0, 2.0, 7.0, 8.0], False),  # where no expert differs, following the sampler's changes nothing
+    ("rollout", 1, [1.0, 2.0, 7.0, 8.0], True),  # another seed has other rollouts
+    ("rollout", 0, [1.0, 2.0, 3.0, 4.0], True),  # a replay that is none
+])  # fmt: skip
+def test_a_replay_arm_may_share_problems_with_its_partner_but_not_all_of_them(replay, seed, sums, is_one):
+    found = same_runs([scored("bf16", 0, [1.0, 2.0, 3.0, 4.0]), scored("bf16-b", seed, sums, replay)])
+    assert bool(found) == is_one
 
 
 # --- attempts -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 Where tokens are drawn at random, two launches never have the same log-probabilities to the last bit. A record is
 recognised by its sums: per problem, and per iteration. Cells of one seed may share their rollouts by design (arms that
-differ in the trainer alone, the first iteration before any step), and are the same only if trainer and sampler agree.
+differ in the trainer alone, the first iteration before any step), and are the same only if trainer and sampler agree. Where
+one of them follows the sampler's experts (train.routing_replay), they agree wherever the free router chose the same.
 """
 
 from __future__ import annotations
@@ -38,11 +39,17 @@ def same_runs(runs: list, label=lambda run: run.arm, across_seeds_only: bool = F
     for (a, b, kind), num in shared.items():
         (one, mine), (other, theirs) = marked[a], marked[b]
         size = min(sum(mark[0] == kind for mark in part) for part in (mine, theirs))
-        if num >= SHARED * size and (one.seed != other.seed or not (across_seeds_only or kind == SAMPLER)):
+        if num >= _least(one, other) * size and (one.seed != other.seed or not (across_seeds_only or kind == SAMPLER)):
             names = [f"{label(run)} seed {run.seed}" for run in (one, other)]
             line = f"{names[0]} and {names[1]} are one and the same run: {num} of {size} {kind} agree to the last bit"
             lines += [(label(one), line), (label(other), line)]
     return list(dict.fromkeys(lines))
+
+
+def _least(one, other) -> float:
+    """From which share of common marks on two runs are one."""
+    replayed = {(run.record["cell"]["settings"].get("train") or {}).get("routing_replay") for run in (one, other)}
+    return 1.0 if one.seed == other.seed and len(replayed) == 2 else SHARED
 
 
 def name_across(run) -> str:
