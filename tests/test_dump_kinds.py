@@ -75,6 +75,22 @@ def test_padding_left_in_a_row_is_refused_by_row_and_token(tmp_path, finish, tim
     assert runs_of(make_task(), write(tmp_path / "less.jsonl", [*rows[:2], padded(rows[2], times - 1, finish), *rows[3:]]))
 
 
+@pytest.mark.parametrize("start, most", [(0, 3), (2, 31)], ids=["on the left", "inside"])
+def test_padding_before_or_between_tokens_is_refused_as_well(tmp_path, start, most):
+    """Batches are padded on the left for sampling, and between the turns of a conversation."""
+    rows = make_rows()
+
+    def put_in(times):
+        row, prompt = rows[2], rows[2]["num_prompt_tokens"]
+        new = {"token_ids": [*row["token_ids"][: prompt + start], *[9] * times, *row["token_ids"][prompt + start :]]}
+        new |= {name: [*row[name][:start], *[0.0] * times, *row[name][start:]] for name in ("rollout_logprobs", "trainer_logprobs")}
+        return [*rows[:2], row | new, *rows[3:]]
+
+    text = refused(tmp_path, put_in(most + 1))
+    assert "row 3: rollout_logprobs" in text and f"{most + 1} times from response token {start}" in text
+    assert runs_of(make_task(), write(tmp_path / "less.jsonl", put_in(most)))
+
+
 def test_one_id_for_all_tokens_is_refused(tmp_path):
     rows = make_rows()
     row = next(i for i, row in enumerate(rows) if sum(row["rollout_logprobs"]) < -51)

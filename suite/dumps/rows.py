@@ -30,6 +30,7 @@ LEAST_SAMPLED, LEAST_SCORED = -50.0, -1000.0
 # Entries of one id with probability exactly 1 on both sides that end a row. After "stop" nothing follows the last
 # token; a response that was cut may go round in circles, of which 32 are beyond doubt.
 LONGEST_TAIL = {"stop": 1, None: 3, "length": 31}
+LONGEST_HEAD, LONGEST_INSIDE = 3, 31  # the same where such entries begin a row (padding on the left), or stand inside
 
 PLACEHOLDER = "a placeholder for a log-prob that was not there; take that of the sampled token, or mask the token out"
 FINISHED = (
@@ -302,15 +303,24 @@ def _hint(entry: Any) -> str | None:
     return "take the number that belongs to the sampled token" if isinstance(entry, (dict, list)) else None
 
 
+def _runs_of_certain_tokens(ids: np.ndarray, mu: np.ndarray, pi: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of every run of several entries of one id whose log-probs are exactly 0 on both sides."""
+    certain = (mu == 0) & (pi == 0)
+    changes = np.flatnonzero((ids[1:] != ids[:-1]) | (certain[1:] != certain[:-1])) + 1
+    starts, stops = np.append(0, changes), np.append(changes, ids.size)
+    several = certain[starts] & (stops - starts > 1)
+    return list(zip(starts[several].tolist(), stops[several].tolist(), strict=True))
+
+
 def _refuse_made_up_tokens(ids: np.ndarray, mu: np.ndarray, pi: np.ndarray, finish: str | None, at: _Place) -> None:
     """Padding that was left in the row, and ids that cannot have been drawn with the log-probs beside them."""
     if ids.size < 2:
         return
-    same = (ids == ids[-1]) & (mu == 0) & (pi == 0)
-    tail = ids.size if same.all() else int(np.argmin(same[::-1]))
-    if tail > LONGEST_TAIL[finish]:
-        found = f"token {ids[-1]}, log-prob 0.0 on both sides, {tail} times from response token {ids.size - tail}"
-        raise at.refuse("rollout_logprobs", found, "the sampled tokens alone", "padding: cut all lists to their length")
+    for start, stop in _runs_of_certain_tokens(ids, mu, pi):
+        longest = LONGEST_TAIL[finish] if stop == ids.size else LONGEST_HEAD if start == 0 else LONGEST_INSIDE
+        if stop - start > longest:
+            found = f"token {ids[start]}, log-prob 0.0 on both sides, {stop - start} times from response token {start}"
+            raise at.refuse("rollout_logprobs", found, "the sampled tokens alone", "padding: cut all lists to their length")
     if (ids == ids[0]).all() and -mu.sum() > -LEAST_SAMPLED:
         found = f"token {ids[0]} {ids.size} times, in all of probability e^{mu.sum():.0f}"
         raise at.refuse("token ids", found, "the ids of the sampled tokens", "a placeholder for ids")

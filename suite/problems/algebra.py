@@ -10,6 +10,7 @@ from functools import lru_cache
 
 _SIGN, _NUMBER = r"([+-]?)\s*", r"(\d+(?:\.\d*)?|\.\d+)"
 _PLAIN = re.compile(rf"{_SIGN}{_NUMBER}")
+_SCIENTIFIC = re.compile(_SIGN + r"(\d+\.?\d*|\.\d+)\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?\d{1,3})\s*\}|(\d))")
 _OVER = re.compile(rf"{_SIGN}(?:\\frac\s*(?:\{{\s*{_SIGN}{_NUMBER}\s*\}}|(\d))\s*(?:\{{\s*{_SIGN}{_NUMBER}\s*\}}|(\d))|{_NUMBER}\s*/\s*{_NUMBER})")
 _MIXED = re.compile(rf"{_SIGN}(\d+)\s*(?:\\frac\s*(?:\{{(\d+)\}}|(\d))\s*(?:\{{(\d+)\}}|(\d))|\s(\d+)\s*/\s*(\d+))")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{\s*(\d+)\s*\}|(\d))")
@@ -27,7 +28,7 @@ def same_value(gold: str, answer: str) -> bool:
 
 
 def rational(text: str) -> Fraction | None:
-    r"""The value of a number as people write it (-3, .5, 1/3, \frac12, 2\frac{1}{2}, 0.\overline{3}); None for all else."""
+    r"""The value of a number as people write it (-3, .5, 1/3, \frac12, 2\frac{1}{2}, 0.\overline{3}, 2\times 10^{-3}); None for all else."""
     text = text.strip()
     if len(text) > 1000:
         return None
@@ -41,6 +42,8 @@ def rational(text: str) -> Fraction | None:
         signs = found[1] + (found[2] or "") + (found[5] or "")
         value = Fraction(_decimal(bottom))
         return _signed("-" * (signs.count("-") % 2), Fraction(_decimal(top)) / value) if value else None
+    if found := _SCIENTIFIC.fullmatch(text):
+        return _signed(found[1], Fraction(_decimal(found[2])) * Fraction(10) ** int(found[3] or found[4]))
     if found := re.fullmatch(_SIGN + f"(?:{_REPEATING.pattern})", text):
         return _signed(found[1], _repeating(*found.groups()[1:]))
     return None
