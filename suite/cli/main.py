@@ -131,6 +131,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("plan", "cells, memory, time, and what the design can decide").add_argument("task", metavar="TASK")
 
     _run_flags(add("run", "run the missing cells of a task; the same command again resumes"))
+    verb = add("watch", "what runs are doing: reward, k3, |pi - mu|, gradient norm and time left, live")
+    verb.add_argument("task", nargs="?", metavar="TASK", help="default: the one that began last")
+    verb.add_argument("--once", action="store_true", help="show it once; so does an output that is no terminal")
+    _records_flag(verb)
+    verb = add("export", "the metrics of every run in one table, for a notebook")
+    verb.add_argument("task", metavar="TASK")
+    verb.add_argument("--format", choices=("csv", "parquet"), default="csv", help="default: %(default)s")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="default: TASK.csv or TASK.parquet")
+    _records_flag(verb)
     verb = add("grade", "verdict from records; needs no engine")
     verb.add_argument("task", metavar="TASK")
     _records_flag(verb)
@@ -217,6 +226,7 @@ def _run_flags(verb: argparse.ArgumentParser) -> None:
         "--nproc", type=_positive, metavar="N", default=1,
         help="deal the cells out to N processes, each with its own GPU or its share of the cores",
     )
+    verb.add_argument("--log", choices=("tensorboard", "wandb"), help="send the metrics there too, as they come (a package of yours)")
     verb.add_argument(
         "--launcher", metavar="COMMAND", help="start each of the processes with this, such as 'srun -n 1 -G 1'"
     )

@@ -151,6 +151,27 @@ def run(args) -> int:
     return 0
 
 
+def watch(args) -> int:
+    from suite.cli.live import watch as follow
+
+    return follow(args.runs_dir, args.task, once=args.once)
+
+
+def export(args) -> int:
+    from suite.record.run import find_runs
+    from suite.report.exporting import metric_rows, write_export
+
+    task = load_task(args.task)
+    rows = metric_rows(find_runs(args.runs_dir, task.id))
+    if not rows:
+        print(_nothing_recorded(task, args.runs_dir))
+        return EXIT_NOTHING
+    out = args.out or Path(f"{task.id}.{args.format}")
+    write_export(rows, args.format, out)
+    print(f"{len(rows)} rows, {len(rows[0])} columns: {out}")
+    return 0
+
+
 def grade(args) -> int:
     from suite.cli import show as rendering
 
@@ -310,6 +331,8 @@ VERBS = {
     "grade": grade,
     "reproduce": reproduce,
     "check": check,
+    "watch": watch,
+    "export": export,
     "rehearse": rehearse,
     "publish": publish,
     "report": report,
@@ -382,12 +405,17 @@ def _run_cells(args, task: Task, cells: list[Cell]) -> None:
         if world != "1":
             raise UserError(f"WORLD_SIZE: found {world}, allowed: nothing or 1; --nproc starts the processes")
         if group_size > 1 or args.nproc > 1 or args.launcher:
+            if args.log:
+                raise UserError(f"--log: found {args.log}, allowed: with one process; `suite export` has the metrics of any run")
             return _deal_cells(args, kind_of(task), cells, group_size)
+    from suite.cli.metrics_log import MetricsLog, logger
     from suite.cli.progress import Progress
     from suite.engines.ranks import join
     from suite.protocols.run import run_task
 
+    send = logger(args.log, task.id, args.runs_dir) if args.log else None
     with Progress(len(cells)) as progress:
+        progress = MetricsLog(progress, args.runs_dir / task.id, send) if send else progress
         run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress, ranks=join())
 
 

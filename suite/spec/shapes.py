@@ -11,7 +11,6 @@ from pathlib import Path
 
 from suite.spec.checkout import find_repo
 
-
 NEEDED = {"num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads"}
 
 
@@ -103,5 +102,5 @@ def shape_of(model: Mapping) -> Shape | None:
         folder = Path(model["path"]).expanduser()
         file = (folder if folder.is_absolute() else find_repo() / folder) / "config.json"
         config = json.loads(file.read_text()) if file.is_file() else {}
-        return Shape.of(config) if NEEDED <= config.keys() else None
+        return Shape.of(config) if config.keys() >= NEEDED else None
     return SHAPES.get(model.get("id") or "")
