@@ -39,6 +39,7 @@ class OneCell:
     seed: int = 0
     is_control: bool = False
     settings: dict = field(default_factory=lambda: {"precision": {"rollout": "bf16", "train": "bf16"}})
+    defaults: tuple = ()
 
     def run_key(self, limit=None):
         return f"{'0123456789abcdef' * 4}" if limit is None else f"{'f' * 64}"

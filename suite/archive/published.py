@@ -67,6 +67,7 @@ class CellPart(TypedDict):
     seed: int
     is_control: bool
     settings: dict[str, dict[str, Any] | None]
+    defaults: NotRequired[dict[str, int | float | str]]
 
 
 class RecordShape(TypedDict):

@@ -25,12 +25,13 @@ from suite.archive.doses import (
 from suite.archive.published import records_of
 from suite.archive.publishing import published_runs
 from suite.measure.lead import in_order, lead_of, over_launches
+from suite.spec.kinds import kind_of
 from suite.spec.task import Task, load_readable
 
 
 def print_falls(console: Console, table, task: Task, results: Path) -> None:
-    """Of every fingerprint on which an RL task is published. table(*columns) makes an empty table."""
-    if task.protocol != "rl":
+    """Of every fingerprint on which a task that trains is published. table(*columns) makes an empty table."""
+    if not kind_of(task).trains:
         return
     for folder in sorted(path for path in (results / task.id).glob("*") if path.is_dir()):
         with records_of(folder):
@@ -63,7 +64,7 @@ def _responses(task: Task, results: Path, fingerprint: str) -> list[Response]:
     """The families that launches of this task belong to, with the launches of all tasks tagged `dose`."""
     if "dose" not in task.tags:
         return []
-    named = [one.id for one in load_readable()[0].values() if one.protocol == "rl" and "dose" in one.tags]
+    named = [one.id for one in load_readable()[0].values() if kind_of(one).trains and "dose" in one.tags]
     found = {(name, fingerprint): map(launch_of, published_runs(results, name, fingerprint)) for name in {task.id, *named}}
     return responses_of({key: [one for one in its if one] for key, its in found.items()}, task.id, fingerprint)
 

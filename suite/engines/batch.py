@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PAD_TO_TOKENS = 16  # lengths are rounded up to this, so that few distinct shapes occur
+from suite.spec.defaults import default
+
+PAD_TO_TOKENS = default("constants.pad_to_tokens")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import itertools
 from suite.grade.launches import FINISHED
 from suite.grade.planned import not_of_the_task, short_of_plan, unpaired
 from suite.grade.sameness import same_runs
+from suite.spec.defaults import as_it_ran
 from suite.spec.kinds import kind_of
 from suite.spec.plan import PATHS, ResolvedTask, canonical_json, differing_paths, resolve_task
 from suite.spec.precision import breaches_of
@@ -103,7 +104,8 @@ def _control_factors(task, runs: list) -> list[tuple[str, str]]:
 
 
 def _differences(a, b) -> list[str]:
-    paths = differing_paths(a.record["cell"]["settings"], b.record["cell"]["settings"])
+    ran = [as_it_ran(run.record["cell"]["settings"], run.record["cell"].get("defaults")) for run in (a, b)]
+    paths = differing_paths(*ran)
     return [path for path in paths if path not in PATHS]
 
 

@@ -9,6 +9,7 @@ whatever is missing is named. A record that the task does not plan is not counte
 from __future__ import annotations
 
 from suite.grade.launches import FINISHED, arm_runs, need_of
+from suite.spec.defaults import as_it_ran
 from suite.spec.kinds import Kind, kind_of
 from suite.spec.plan import Cell, ResolvedTask, arm_names, canonical_json, grid_points
 from suite.spec.task import axis_label
@@ -80,12 +81,13 @@ def not_of_the_task(resolved: ResolvedTask, runs: list) -> list[tuple[str, str]]
 
 
 def _departures(run, cell: Cell) -> list[str]:
-    settings, key = run.record["cell"]["settings"], cell.run_key()
-    said = Cell(cell.task_id, cell.task_version, cell.arm, cell.point, cell.seed, settings, cell.is_control)
+    recorded, key = run.record["cell"], cell.run_key()
+    settings, defaults = recorded["settings"], recorded.get("defaults")
+    said = Cell(cell.task_id, cell.task_version, cell.arm, cell.point, cell.seed, settings, cell.is_control, tuple((defaults or {}).items()))
     found = []
     if said.run_key() != key:
-        paths = list(_differing(settings, cell.settings))
-        found = [f"{path} is {_at(settings, path)!r}, the task says {_at(cell.settings, path)!r}" for path in paths[:3]]
+        ran, planned = as_it_ran(settings, defaults), as_it_ran(cell.settings, dict(cell.defaults))
+        found = [f"{path} is {_at(ran, path)!r}, the task says {_at(planned, path)!r}" for path in _differing(ran, planned)[:3]]
     elif run.record["run_key"] != key:
         found = [f"run_key {run.record['run_key'][:12]}, its settings give {key[:12]}"]
     asked = {name: value for name, value in (run.record.get("precision_asked") or {}).items() if value is not None}

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from suite.spec.defaults import default
 from suite.spec.plan import Cell
 from suite.spec.shapes import Shape, shape_of
 
@@ -25,7 +26,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 REST_GIB = 2.0  # assumed: nobody has measured it
 FITS = 0.97  # of the card's size, to which its parts may add up
 DEFAULT_SHARE = 0.92  # of the card, that vLLM takes where nothing is said (0.25.1)
-DEFAULT_MICRO_BATCH, DEFAULT_HEAD_CHUNK_LOGITS = 32, 2**26  # as in engines/trainers
+DEFAULT_MICRO_BATCH, DEFAULT_HEAD_CHUNK_LOGITS = default("train.micro_batch_size"), default("constants.head_chunk_logits")
 
 Parts = dict[str, float]  # bytes by name
 

@@ -28,10 +28,11 @@ from suite.protocols.session import Session
 from suite.record.evidence import flat, num_response_tokens, summarise
 from suite.record.run import Run, read_evidence
 from suite.record.writer import RunWriter
+from suite.spec.defaults import default
 from suite.spec.kinds import kind_of
 from suite.spec.plan import Cell
 
-DEFAULT_PROMPTS_PER_BATCH = 32
+DEFAULT_PROMPTS_PER_BATCH = default("rollout.prompts_per_batch")
 NUM_FULL_SEQUENCES, LARGEST_FULL_VOCABULARY = 4, 4096
 
 

@@ -32,7 +32,7 @@ def rehearsal(task: Task | ResolvedTask) -> list[Cell]:
     first: dict[tuple, Cell] = {}
     for cell in resolved.cells:
         first.setdefault((cell.arm, str(cell.point)), cell)
-    return [dataclasses.replace(cell, settings=cut_down(cell.settings)) for cell in first.values()]
+    return [dataclasses.replace(cell, settings=cut_down(cell.settings), defaults=()) for cell in first.values()]
 
 
 def cut_down(settings: dict) -> dict:

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from suite.door import MIB, FileError, open_file, read_bytes, read_json, read_parquet, typed, unzip, whatever_fails
 from suite.errors import DataError
@@ -69,6 +69,7 @@ class CellShape(TypedDict):
     seed: int
     is_control: bool
     settings: dict[str, Any]
+    defaults: NotRequired[dict[str, Any]]  # of the settings, what the task does not say (spec/defaults.py)
 
 
 class TaskShape(TypedDict):

@@ -351,7 +351,7 @@ def _new_record(task, cell, key: str, limit: int | None, evidence_parts: bool) -
         "schema": RECORD_SCHEMA,
         "task": {"id": task.id, "version": task.version, "grade_version": task.grade_version, "text": task.text},
         "cell": {"name": cell.name, "arm": cell.arm, "point": dict(cell.point), "seed": cell.seed,
-                 "is_control": cell.is_control, "settings": cell.settings},
+                 "is_control": cell.is_control, "settings": cell.settings, "defaults": dict(cell.defaults)},
         "run_key": key,
         "limit": limit,
         "evidence_parts": evidence_parts,

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from suite.errors import TaskError
 from suite.spec.checkout import base_folder
+from suite.spec.defaults import fill, relied_on, said
 from suite.spec.kinds import kind_of
 from suite.spec.settings import SECTIONS, Settings
 from suite.spec.strict_yaml import TaskErrors
@@ -44,6 +45,7 @@ class Cell:
     seed: int
     settings: dict[str, Any]
     is_control: bool = False
+    defaults: tuple[tuple[str, Any], ...] = ()  # (dotted path, value) of what the task does not say; `settings` has these too
 
     @property
     def name(self) -> str:
@@ -59,7 +61,8 @@ class Cell:
         """sha256 (64 hex digits) of the canonical JSON of what decides the numbers. A limited run has a key of its
         own.
         """
-        settings = {section: _without_null(values) for section, values in self.settings.items() if values}
+        own, changed = said(self.settings, dict(self.defaults))
+        settings = {section: _without_null(values) for section, values in own.items() if values}
         for path in PATHS:
             *above, name = path.split(".")
             holder = read_path(settings, ".".join(above), None)
@@ -72,7 +75,7 @@ class Cell:
             "seed": self.seed,
             "is_control": self.is_control,
             "limit": limit,
-        }
+        } | ({"defaults": changed} if changed else {})
         return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -142,25 +145,31 @@ def tasks_beside(task: Task) -> dict[str, Path]:
 def _resolved(task: Task, needed: dict[str, ResolvedTask]) -> ResolvedTask:
     """Equal settings, as of an A/A control and its arm, are resolved once."""
     errors: dict[str, TaskError] = {}
-    known: dict[str, dict[str, Any]] = {}
+    known: dict[str, tuple] = {}  # raw settings -> what Cell holds of them
     settings, cells = {}, []
     for name, overrides, points, seeds, key in _parts(task):
         for point in points:
             raw = _raw(task, overrides, point)
             text = canonical_json(raw)
             try:
-                known[text] = known.get(text) or resolve(task, raw, key)
+                known[text] = known.get(text) or _filled(task, resolve(task, raw, key))
             except TaskErrors as found:
                 errors |= {error.key: error for error in found.errors if error.key not in errors}
                 continue
-            settings[name, canonical_json(point)] = known[text]
+            its, defaults = known[text]
+            settings[name, canonical_json(point)] = its
             is_control = key.startswith("controls.")
-            cells += [Cell(task.id, task.version, name, point, seed, known[text], is_control) for seed in seeds]
+            cells += [Cell(task.id, task.version, name, point, seed, its, is_control, defaults) for seed in seeds]
         if errors and key == "arms." + arm_names(task)[-1]:
             break  # a control would only echo its arm
     if errors:
         raise TaskErrors(list(errors.values()))
     return ResolvedTask(task, tuple(cells), settings, needed)
+
+
+def _filled(task: Task, settings: dict) -> tuple[dict, tuple[tuple[str, Any], ...]]:
+    defaults = relied_on(kind_of(task), settings)
+    return fill(settings, defaults), tuple(defaults.items())
 
 
 def _parts(task: Task):

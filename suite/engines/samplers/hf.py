@@ -11,9 +11,10 @@ import torch
 from suite.engines.arithmetic import arithmetic_for, experts_for, torch_dtype
 from suite.engines.batch import Request, Rollout, empty_rollout, response_room
 from suite.engines.samplers.load import weights_format
+from suite.spec.defaults import default
 from suite.spec.precision import dtype_name
 
-DEFAULT_MAX_NUM_SEQS = 64
+DEFAULT_MAX_NUM_SEQS = default("rollout.max_num_seqs")
 
 
 class HfSampler:

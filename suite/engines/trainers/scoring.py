@@ -14,9 +14,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from suite.engines.batch import pad_sequences
+from suite.spec.defaults import default
 
-# Logits at a time, where train.head_chunk_tokens does not say how many tokens: 256 MiB in fp32, whatever the vocabulary.
-DEFAULT_HEAD_CHUNK_LOGITS = 2**26
+DEFAULT_HEAD_CHUNK_LOGITS = default("constants.head_chunk_logits")
 
 
 @dataclass

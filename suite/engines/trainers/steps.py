@@ -20,8 +20,9 @@ from suite.engines.trainers.loss_scale import LossScaler
 from suite.engines.trainers.masters import MasterWeights
 from suite.engines.trainers.scoring import Scorer, by_length
 from suite.spec.algorithms import Algorithm
+from suite.spec.defaults import default
 
-DEFAULT_MICRO_BATCH_SIZE = 32
+DEFAULT_MICRO_BATCH_SIZE = default("train.micro_batch_size")
 
 
 @dataclass
