@@ -149,7 +149,7 @@ def test_two_tasks_or_a_claim_that_is_gone_cannot_be_told_worse(worse, tmp_path)
 
 def test_the_command_says_what_is_worse_and_ends_with_one(repo, tmp_path, monkeypatch, capsys):
     (published,) = (repo / "results" / "desk-tiny").glob("*/verdict.json")
-    assert cli(["compare", str(published), str(published), "--fail-on", "worse"]) == 0
+    assert cli.main(["compare", str(published), str(published), "--fail-on", "worse"]) == 0
     assert "nothing is worse in B" in capsys.readouterr().out
-    assert cli(["compare", str(run_folder(repo, "bf16.*s0")), str(run_folder(repo, "fp16.*s0")), "--fail-on", "worse"]) == 2
+    assert cli.main(["compare", str(run_folder(repo, "bf16.*s0")), str(run_folder(repo, "fp16.*s0")), "--fail-on", "worse"]) == 2
     assert "two verdicts" in capsys.readouterr().err

@@ -407,7 +407,7 @@ def test_damaged_records_and_verdicts_are_one_line_with_the_file_and_exit_2(repo
         path.write_bytes(text.encode("latin-1"))
         commands = [["compare", str(path.parent), str(path.parent)], ["report", "--check"], ["show", "C1"]]
         for command in commands if path.name == "verdict.json" else commands[:2]:
-            assert cli(command) == 2, command
+            assert cli.main(command) == 2, command
             said = capsys.readouterr().err
             assert str(path) in said and BROKEN[text] in said and said.count("\n") == 1
         path.write_bytes(whole)
@@ -435,16 +435,16 @@ def test_a_bundle_holds_what_would_be_published_and_verifies_elsewhere(repo, tmp
     from suite.cli import main as cli
 
     out = tmp_path / "sent.tar.gz"
-    assert cli(["bundle", "desk-tiny", "--out", str(out)]) == 0
+    assert cli.main(["bundle", "desk-tiny", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "suite verify sent.tar.gz" in said and f"machine: {fakes.FINGERPRINT}" in said and "26 files" in said
     first = out.read_bytes()
-    assert cli(["bundle", "desk-tiny", "--out", str(out)]) == 0 and out.read_bytes() == first
+    assert cli.main(["bundle", "desk-tiny", "--out", str(out)]) == 0 and out.read_bytes() == first
     with tarfile.open(out) as archive:
         names = {name for name in archive.getnames() if not name.startswith("results/desk-tiny/" + fakes.FINGERPRINT)}
         assert not names and not any(member.uname or member.mtime for member in archive.getmembers())
     shutil.rmtree(repo / "results")
     shutil.rmtree(repo / "runs")
     assert report_verbs.verify(str(out), repo / "results") == 0
-    assert cli(["bundle", "desk-tiny", "--out", str(tmp_path / "none.tar.gz")]) == 14
+    assert cli.main(["bundle", "desk-tiny", "--out", str(tmp_path / "none.tar.gz")]) == 14
     assert not (tmp_path / "none.tar.gz").exists()
