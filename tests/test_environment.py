@@ -123,6 +123,25 @@ def test_a_setting_that_would_be_ignored_is_refused_even_if_one_arm_alone_has_it
     assert f"asks for {named}, which this version does not do yet" in can_run(task(gpus=0, **settings), LAPTOP)
 
 
+HEAD = {"precision": {"rollout": "bf16", "rollout_logits": "fp32"}}
+
+
+def test_an_fp32_head_of_the_sampler_is_refused_where_vllm_would_ignore_it():
+    newer = node() | {"packages": {"vllm": "0.32.0", "torch": "2.11.0", "transformers": "5.19.0"}}
+    assert can_run(task(cpu_ok=True, **HEAD), LAPTOP) is None and can_run(task(**HEAD), newer) is None
+    assert "0.32 or newer for precision.rollout_logits (fp32); found vllm 0.25.1, which would ignore it" in can_run(task(**HEAD), node())
+    assert "needs vLLM for precision.rollout_logits" in can_run(task(cpu_ok=True, engine="hf", **HEAD), LAPTOP)
+    bare = machine(packages={"torch": "2.13.0", "transformers": "5.19.0"})
+    assert "needs vLLM for precision.rollout_logits" in can_run(task(cpu_ok=True, engine="auto", **HEAD), bare)
+
+
+def test_logits_of_another_dtype_than_the_model_or_fp32_are_refused():
+    asked = {"precision": {"rollout": "bf16", "rollout_logits": "fp16"}}
+    assert "precision.rollout_logits (fp16)" in can_run(task(cpu_ok=True, **asked), LAPTOP)
+    own = {"precision": {"rollout": "fp32", "rollout_logits": "fp32"}}
+    assert can_run(task(cpu_ok=True, engine="hf", **own), LAPTOP) is None, "that of the model itself"
+
+
 def test_settings_that_ask_for_nothing_special_are_no_request():
     assert can_run(task(gpus=0, protocol="rl", train={"parallel": {"data": 8, "tensor": 1}}, precision={"kv_cache": "bf16"}), LAPTOP) is None
 

@@ -25,7 +25,7 @@ def can_run(task, env: dict[str, Any]) -> str | None:
     need, kind, cells = resolved.task.resources, kind_of(resolved.task), resolved.cells
     checks = (
         _gpu_reason(need, env), _disk_reason(need, env), _package_reason(kind, cells, env), unsupported_reason(kind, cells),
-        _cache_reason(cells, env), memory_reason(resolved),
+        _cache_reason(cells, env), _head_reason(cells, env), memory_reason(resolved),
     )  # fmt: skip
     return "; ".join(reason for reason in checks if reason) or None
 
@@ -33,7 +33,7 @@ def can_run(task, env: dict[str, Any]) -> str | None:
 def can_rehearse(task, cells, env: dict[str, Any]) -> str | None:
     """The same for the cells of a rehearsal, which need no GPU."""
     kind = kind_of(task)
-    reasons = (_package_reason(kind, cells, env), unsupported_reason(kind, cells), _cache_reason(cells, env))
+    reasons = (_package_reason(kind, cells, env), unsupported_reason(kind, cells), _cache_reason(cells, env), _head_reason(cells, env))
     return "; ".join(reason for reason in reasons if reason) or None
 
 
@@ -75,6 +75,30 @@ def _package_reason(kind: Kind, cells, env: dict[str, Any]) -> str | None:
     return f"needs {', '.join(missing)}, not installed here: run `make setup`" if missing else None
 
 
+def _head_reason(cells, env: dict[str, Any]) -> str | None:
+    """An fp32 output head of a 16-bit sampler is vLLM's `head_dtype`. In 0.25.1 that is for pooling models: generation falls
+    back to the model's dtype with a warning (vllm/config/model.py, _get_head_dtype); in 0.32.0 generation follows it."""
+    asks = [cell for cell in cells if _has_wider_head(cell)]
+    vllm = {name: version for name, version in env["packages"].items() if name.removesuffix("-cpu") == "vllm"}
+    if not asks:
+        return None
+    if {cell.get("rollout.engine") for cell in asks} == {"hf"} or not vllm:
+        return "needs vLLM for precision.rollout_logits (fp32): the plain sampler has no output head in another dtype than its model"
+    if any(older(env, name, HEAD_DTYPE_SINCE) for name in vllm):
+        found = ", ".join(f"{name} {version}" for name, version in vllm.items())
+        allowed = ".".join(map(str, HEAD_DTYPE_SINCE))
+        return f"needs vLLM {allowed} or newer for precision.rollout_logits (fp32); found {found}, which would ignore it"
+    return None
+
+
+def _has_wider_head(cell) -> bool:
+    rollout, head = (cell.get(f"precision.{point}", None) for point in ("rollout", "rollout_logits"))
+    return rollout is not None and head == "fp32" != FORMATS[rollout].storage
+
+
+HEAD_DTYPE_SINCE = (0, 32)  # known to follow it; between it and 0.25.1 nobody has looked
+
+
 def _cache_reason(cells, env: dict[str, Any]) -> str | None:
     """vLLM's CPU kernels read a cache of 8 bits with AVX-512 alone."""
     asked = {cell.get("precision.kv_cache", None) for cell in cells} & set(CACHE_FORMATS)
@@ -101,7 +125,8 @@ def _unsupported(kind: Kind, cell) -> list[str]:
     for point in ("kv_cache", "rollout_logits"):  # each follows the sampler's precision
         value, rollout = cell.get(f"precision.{point}", None), cell.get("precision.rollout", None)
         own = FORMATS[rollout].storage if rollout else value
-        asked[f"precision.{point}"] = value if value not in (own, *(CACHE_FORMATS if point == "kv_cache" else ())) else None
+        also = CACHE_FORMATS if point == "kv_cache" else ("fp32",)  # of logits: vLLM's head_dtype
+        asked[f"precision.{point}"] = value if value not in (own, *also) else None
     return [f"{name} ({value})" for name, value in asked.items() if value]
 
 

@@ -2,8 +2,8 @@
 that a layout that cannot fit is refused before anything starts. No torch.
 
     trainer   fp32 masters, Adam's two moments and gradients, spread over the ranks (FSDP2); the weights of two layers and of
-              embedding and head, gathered in the compute dtype, with their gradients on the way to being spread;
-              activations of one micro-batch; the logits of one chunk of the head
+              embedding and head, gathered in the compute dtype; and the largest of three moments of a backward pass, made of
+              the activations of one micro-batch, the logits of one chunk of the head, and gradients not yet spread
     sampler   what vLLM takes: a share of the card, or its weights and kv_cache_gib
     rest      CUDA context, buffers of NCCL, fragments
 
@@ -92,17 +92,16 @@ def longest(settings: Mapping) -> int:
 
 
 def trainer_parts(shape: Shape, train: Mapping, precision: Mapping, length: int, num_ranks: int) -> Parts:
-    """Bytes on one rank, at the peak of a backward pass; or of a scoring pass where nothing is trained."""
+    """Bytes on one rank: what is held throughout, and the largest of the moments of a pass; a scoring pass where nothing is
+    trained."""
     width = BYTES[precision["train"]]
     if not train.get("optimizer"):
-        return {"weights": width * shape.parameters} | _passing(
-            shape, train, precision, length * train["score_batch_size"], is_training=False
-        )
-    rows = train.get("micro_batch_size") or DEFAULT_MICRO_BATCH
-    passing = _passing(shape, train, precision, length * rows, is_training=True)
-    if train.get("engine") == "moe":
-        return _moe_weights(shape, train, width) | passing
-    return _spread_weights(shape, train, precision, num_ranks) | passing
+        tokens = length * train["score_batch_size"]
+        head = _head_bytes(shape, train, precision, tokens, is_training=False)
+        return {"weights": width * shape.parameters, "activations": tokens * _layer_bytes(shape, width), "head": head}
+    tokens = length * (train.get("micro_batch_size") or DEFAULT_MICRO_BATCH)
+    held = _moe_weights(shape, train, width) if train.get("engine") == "moe" else _spread_weights(shape, train, precision, num_ranks)
+    return held | max(_moments(shape, train, precision, tokens), key=lambda parts: sum(parts.values()))
 
 
 def _spread_weights(shape: Shape, train: Mapping, precision: Mapping, num_ranks: int) -> Parts:
@@ -111,15 +110,29 @@ def _spread_weights(shape: Shape, train: Mapping, precision: Mapping, num_ranks:
     lora = train.get("lora")
     trained = _adapter_parameters(shape, lora) if lora else shape.parameters
     layer, outer = shape.layer_parameters + shape.expert_parameters, shape.outer_parameters
-    # The unit in hand: its gradients in the compute dtype, and once more in fp32 where they are summed over the ranks.
-    own_gradients = (width + 4) * (trained / shape.layers if lora else max(layer, outer))
     in_16_bit = (precision.get("gradient_reduction") or "fp32") != "fp32"  # whole gradients wait for the last micro-batch
     return {
         "masters": 4 * trained / num_ranks + (width * shape.parameters / num_ranks if lora else 0),
         "optimizer": 8 * trained / num_ranks,
-        "gradients": 4 * trained / num_ranks + own_gradients + (width * trained if in_16_bit else 0),
+        "gradients": 4 * trained / num_ranks + (width * trained if in_16_bit else 0),
         "gathered weights": width * (outer + 2 * layer),
     }
+
+
+def _moments(shape: Shape, train: Mapping, precision: Mapping, tokens: int) -> list[Parts]:
+    """What a backward pass holds besides: at the head; in the first layer that it reaches, when the head's gradient waits
+    for that of the embedding; and at its end, when both are summed over the ranks in fp32."""
+    width = BYTES[precision["train"]]
+    layer = tokens * _layer_bytes(shape, width)
+    recomputes = train.get("gradient_checkpointing")
+    kept = tokens * width * shape.hidden * shape.layers if recomputes else shape.layers * layer
+    apart = train.get("lora") or train.get("engine") == "moe"  # gradients of adapters are small; those of moe are held throughout
+    head, own, outer = (0, 0, 0) if apart else (shape.vocab * shape.hidden, shape.layer_parameters, shape.outer_parameters)
+    return [
+        {"activations": kept, "head": _head_bytes(shape, train, precision, tokens, is_training=True), "gradients in hand": width * head},
+        {"activations": kept + (layer if recomputes else 0), "gradients in hand": width * head + (width + 4) * own},
+        {"gradients in hand": (width + 4) * outer},
+    ]
 
 
 def _adapter_parameters(shape: Shape, lora: Mapping) -> int:
@@ -138,16 +151,6 @@ def _moe_weights(shape: Shape, train: Mapping, width: int) -> Parts:
     return {"masters": 4 * own, "optimizer": 8 * own, "gradients": (4 + width) * own, "weights": width * own}
 
 
-def _passing(shape: Shape, train: Mapping, precision: Mapping, tokens: int, *, is_training: bool) -> Parts:
-    """Activations and logits of one forward of so many tokens; in training, at the peak of its backward pass."""
-    width = BYTES[precision["train"]]
-    layer = tokens * _layer_bytes(shape, width)
-    kept = tokens * width * shape.hidden * shape.layers if is_training else 0
-    whole = is_training and not train.get("gradient_checkpointing")
-    activations = shape.layers * layer if whole else kept + layer
-    return {"activations": activations, "head": _head_bytes(shape, train, precision, tokens, is_training)}
-
-
 def _layer_bytes(shape: Shape, width: int) -> float:
     """Of one token in one layer, kept for its backward pass: norms in fp32, q, k, v as wide as the queries (K and V are
     repeated for grouped heads), the attention's output, and of the MLP gate, up, silu(gate) and their product."""
@@ -157,7 +160,7 @@ def _layer_bytes(shape: Shape, width: int) -> float:
     return norms + attention + mlp
 
 
-def _head_bytes(shape: Shape, train: Mapping, precision: Mapping, tokens: int, is_training: bool) -> float:
+def _head_bytes(shape: Shape, train: Mapping, precision: Mapping, tokens: int, *, is_training: bool) -> float:
     """Logits of a chunk: in the head's dtype, in fp32, and as log-probs; with gradients, those of the last two as well."""
     chunk = min(tokens, train.get("head_chunk_tokens") or max(64, DEFAULT_HEAD_CHUNK_LOGITS // shape.vocab))
     width = BYTES[precision.get("trainer_head") or precision["train"]]

@@ -54,8 +54,8 @@ class Engines:
     def sampler(self):
         if self._sampler is None:
             rollout, dtype = self._cell.settings["rollout"], self._cell.get("precision.rollout")
-            cache = self._cell.get("precision.kv_cache", None)
-            self._sampler = load_sampler(self.folder, rollout, dtype, stop_token_ids(self.folder), kv_cache=cache)
+            cache, head = (self._cell.get(f"precision.{point}", None) for point in ("kv_cache", "rollout_logits"))
+            self._sampler = load_sampler(self.folder, rollout, dtype, stop_token_ids(self.folder), cache, head)
         return self._sampler
 
     def trainer(self, cell: Cell):

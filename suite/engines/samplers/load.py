@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from suite.engines.batch import Request, Rollout
+from suite.errors import UserError
 from suite.spec.precision import FORMATS, dtype_name
 
 if TYPE_CHECKING:
@@ -51,16 +52,20 @@ def engine_name(asked: str) -> str:
     return "vllm" if importlib.util.find_spec("vllm") else "hf"
 
 
-def load_sampler(model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int], kv_cache: str | None = None) -> Sampler:
+def load_sampler(model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int], kv_cache: str | None = None,
+                 head: str | None = None) -> Sampler:
     """The sampler that `rollout` (a resolved settings section) asks for, with the model's weights in the format
-    `precision`: of a coarse one, rounded to it. kv_cache: an 8-bit format for keys and values, in vLLM alone."""
+    `precision`: of a coarse one, rounded to it. kv_cache: an 8-bit format for keys and values, in vLLM alone.
+    head: fp32 for the product of the output head of a 16-bit model, in vLLM alone. Raises UserError for another engine."""
     if engine_name(rollout["engine"]) == "vllm":
         from suite.engines.samplers.vllm import VllmSampler
 
-        sampler = VllmSampler(model_path, rollout, precision, stop_token_ids, kv_cache)
+        sampler = VllmSampler(model_path, rollout, precision, stop_token_ids, kv_cache, head)
     else:
         from suite.engines.samplers.hf import HfSampler
 
+        if head not in (None, FORMATS[precision].storage):
+            raise UserError(f"precision.rollout_logits: found {head} with rollout.engine hf, allowed: {FORMATS[precision].storage}")
         sampler = HfSampler(model_path, rollout, precision, stop_token_ids)
     if not FORMATS[precision].is_dtype:
         sampler.load_weights(rounded_checkpoint(model_path, precision))

@@ -33,7 +33,8 @@ class VllmSampler:
 
     engine = "vllm"
 
-    def __init__(self, model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int], kv_cache: str | None = None):
+    def __init__(self, model_path: Path, rollout: dict, precision: str, stop_token_ids: list[int], kv_cache: str | None = None,
+                 head: str | None = None):
         os.environ.update(IN_PROCESS)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_gpu = torch.cuda.is_available()
@@ -49,6 +50,8 @@ class VllmSampler:
         arguments = _engine_arguments(rollout, cache_gib, on_gpu)
         if kv_cache in CACHE_FORMATS:
             arguments["kv_cache_dtype"] = kv_cache
+        if head not in (None, FORMATS[precision].storage):  # both operands are cast before the product of the head
+            arguments["hf_overrides"] = {"head_dtype": FORMATS[head].torch_name}
         self._llm = LLM(str(model_path), dtype=FORMATS[precision].torch_name, **arguments)
         self._runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self._watch_logits()
