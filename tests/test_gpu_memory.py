@@ -1,5 +1,6 @@
 """The memory model against what is known of models, and what a plan refuses before anything starts."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -94,6 +95,19 @@ def test_without_recomputation_every_layer_keeps_its_activations():
         trainer_parts(shape, train | {"gradient_checkpointing": on}, {"train": "bf16"}, 9216, 8)["activations"] for on in (True, False)
     )
     assert 10 < without / with_ < shape.layers
+
+
+MEASURED = json.loads((find_repo() / "baselines/memory.json").read_text())
+
+
+@pytest.mark.parametrize("one", MEASURED["measured"], ids=lambda one: f"{one['peak_mib']:g} MiB")
+def test_a_measured_peak_is_within_a_fifth_of_what_the_model_says(one):
+    hidden, layers, intermediate, vocab, heads, kv_heads = one["shape"]
+    shape = Shape(layers, hidden, intermediate, vocab, heads, kv_heads, hidden // heads, attention_bias=True)
+    train = {"optimizer": {"lr": 1e-5}, "gradient_checkpointing": True, "micro_batch_size": MEASURED["rows"],
+             "head_chunk_tokens": MEASURED["head_chunk_tokens"]}  # fmt: skip
+    parts = trainer_parts(shape, train, {"train": "fp32"}, MEASURED["length"], 1)
+    assert sum(parts.values()) / 2**20 == pytest.approx(one["peak_mib"], rel=0.2)
 
 
 def test_sharding_divides_what_is_held_and_nothing_else():

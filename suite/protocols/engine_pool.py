@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from suite.problems.rewards import FORMAT_OF_TEMPLATE, RewardPool
 from suite.protocols.session import Session
 from suite.spec.plan import Cell
 
+MIN_WORKERS = 2  # that judge answers
 # Cells that agree on these can share one sampler.
 SAMPLER_SETTINGS = ("model", "rollout", "precision.rollout", "precision.rollout_rounded", "precision.kv_cache",
                     "precision.rollout_logits")  # fmt: skip
@@ -28,7 +30,7 @@ class Engines:
     def __init__(self, cell: Cell, ranks: Ranks = Ranks()):
         self._cell, self.ranks = cell, ranks
         self._sampler, self._trainers, self._folder, self._tokenizer = None, {}, None, None
-        self.rewards = reward_pool(cell.settings["data"])
+        self.rewards = reward_pool(cell.settings["data"], ranks.size)
 
     @property
     def folder(self) -> Path:
@@ -140,11 +142,13 @@ def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Ca
             engines.close()
 
 
-def reward_pool(data: dict) -> RewardPool:
-    """The rewards of a data section: format, grader, the time for one answer, and what a truncated response is worth."""
+def reward_pool(data: dict, num_ranks: int = 1) -> RewardPool:
+    """The rewards of a data section: format, grader, the time for one answer, and what a truncated response is worth; judged by
+    this rank's share of the cores, and by two processes at least."""
+    num_workers = max(MIN_WORKERS, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // num_ranks)
     seconds = {"timeout_seconds": data["reward_timeout_s"]} if data.get("reward_timeout_s") else {}
     format = FORMAT_OF_TEMPLATE.get(data.get("template") or "none", "desk")  # of `tokens` nothing is ever judged
-    return RewardPool(format, zero_truncated=bool(data.get("zero_truncated")), grader=data.get("grader"), **seconds)
+    return RewardPool(format, zero_truncated=bool(data.get("zero_truncated")), grader=data.get("grader"), num_workers=num_workers, **seconds)
 
 
 def group_cells(cells: list[Cell], paths: tuple[str, ...]) -> list[list[Cell]]:
