@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from test_record import OneTask
 
+from suite.archive import views
 from suite.archive.points import plot_points
 from suite.engines.batch import Request, Rollout
 from suite.measure.mismatch import RunningSums, concat_sums, estimates, rollout_sums, token_statistics
@@ -110,6 +111,17 @@ def test_thinned_parts_are_written_read_back_and_drawn_from(tmp_path):
     points = plot_points(writer.folder / "evidence")
     assert points["by_position"]["count"].sum() == ev.num_response_tokens(kept).sum()
     writer.close()
+
+
+def test_points_of_a_sample_are_held_against_the_sums_of_all_from_below(tmp_path):
+    writer = opened(tmp_path)
+    writer.append({"step": 0}, ev.thinned(part(0), 8, seed=0))
+    sums, points = tally_of(writer.read_parts()).sums(), plot_points(writer.folder / "evidence")
+    writer.close()
+    assert list(views._points(sums, points, keeps_all=False)) == []
+    assert any("plot_points, by_position" in line for line in views._points(sums, points)), "of a run that keeps all"
+    points["by_prob"]["count"] = points["by_prob"]["count"] * 100
+    assert [line for line in views._points(sums, points, keeps_all=False) if "by_prob" in line]
 
 
 def test_parts_with_and_without_tokens_read_together_stand_for_all_rollouts(tmp_path):

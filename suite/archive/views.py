@@ -59,7 +59,8 @@ def contradictions(run: Run, kind: Kind, points: Mapping | None = None) -> list[
         return found
     if points is None:
         return [*found, "no plot_points.parquet, which every finished run with evidence has"]
-    return found + list(_points(run.summary, points))
+    keeps_all = not (run.record["cell"]["settings"].get("schedule") or {}).get("whole_rows_per_step")
+    return found + list(_points(run.summary, points, keeps_all))
 
 
 def _differ(what: str, one, of_one: str, other, of_other: str) -> Iterator[str]:
@@ -188,13 +189,15 @@ def _amounts(run: Run, kind: Kind) -> Iterator[str]:
             yield from _differ("prompts", len(rollouts), "evidence has", asked, "data.num_prompts is")
 
 
-def _points(sums: Mapping[str, np.ndarray], points: Mapping) -> Iterator[str]:
-    """The bins that figures are drawn from hold the same tokens."""
+def _points(sums: Mapping[str, np.ndarray], points: Mapping, keeps_all: bool = True) -> Iterator[str]:
+    """The bins that figures are drawn from hold the same tokens; no more than these, where a run keeps those of a sample."""
     totals = totals_of(sums)
     columns = {"count": "num_response_tokens", "sum_k3": "sum_k3", "sum_abs_prob_diff": "sum_abs_prob_diff"}
     for kind in (kind for kind in points if kind.startswith("by_")):
         for name, column in columns.items():
-            yield from _differ(f"plot_points, {kind}", float(np.sum(points[kind][name])), name, float(totals[column]), f"evidence {column}")
+            held, whole = float(np.sum(points[kind][name])), float(totals[column])
+            if keeps_all or held > whole:
+                yield from _differ(f"plot_points, {kind}", held, name, whole, f"evidence {column}")
 
 
 def _dataset(run: Run) -> Iterator[str]:
