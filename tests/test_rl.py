@@ -173,8 +173,8 @@ def test_damaged_checkpoints_and_a_cut_line_are_recovered_from_the_one_before_an
     assert json.dumps(series(resumed)) == json.dumps(series(straight))
 
 
-def test_dynamic_sampling_and_a_sample_of_whole_rows_are_the_same_in_a_resumed_run(tmp_path):
-    """Rounds so far follow from the metrics, sums from the rows that stand for all."""
+def test_dynamic_sampling_and_a_sample_of_whole_rows_are_the_same_in_a_resumed_run(tmp_path, monkeypatch):
+    """Rounds so far follow from the metrics, sums from the rows that stand for all. Only a resume reads evidence back."""
     changes = {"schedule__dynamic_sampling": {"max_rounds": 2}, "schedule__whole_rows_per_step": 3, "schedule__steps": 4,
                "rollout__max_tokens": 24}  # fmt: skip
     whole = run(tmp_path / "whole", **changes)
@@ -187,6 +187,11 @@ def test_dynamic_sampling_and_a_sample_of_whole_rows_are_the_same_in_a_resumed_r
         assert values.tolist() == resumed.summary[column].tolist(), column
     assert whole.record["series_summary"] == resumed.record["series_summary"] and "prob_diff_p999" not in whole.record["series_summary"]
     assert whole_rows(read_evidence(whole.folder)).num_rows == 4 * 3 and whole.summary["num_rollouts"].sum() == 4 * 16
+
+    def read_back(path):
+        raise AssertionError(f"{path}: read back")
+
+    monkeypatch.setattr("suite.record.writer.read_part", read_back)
     unthinned = run(tmp_path / "all", **changes | {"schedule__whole_rows_per_step": None})
     assert json.dumps(series(unthinned)) == json.dumps(series(whole)), "what is kept changes nothing that is measured"
     for column, values in whole.summary.items():

@@ -200,6 +200,30 @@ def test_evaluation_needs_problems_and_a_cadence(tmp_path, held_out, every, said
     assert found == [] if said is None else said in found[0]
 
 
+DRAWN = block("drawn_reward_mean", "arm: fp16", "[0.95, 1.0]", "reducer: epoch_mean, window: 4")
+
+
+def test_a_claim_about_what_dynamic_sampling_drew_needs_it_in_its_arm(tmp_path):
+    (error,) = errors_of(tmp_path, "threshold", DRAWN)
+    assert "grade.C1-x.estimand: found 'drawn_reward_mean', allowed: only of arms with schedule.dynamic_sampling, which fp16 has not" in error
+    assert errors_of(tmp_path, "threshold", DRAWN, "schedule: {{", "schedule: {{dynamic_sampling: {{max_rounds: 3}}, ") == []
+    evaluated = DRAWN.replace("drawn_reward_mean", "eval_reward_mean")
+    assert "only of arms with schedule.eval_every" in errors_of(tmp_path, "threshold", evaluated)[0]
+
+
+def test_a_group_of_one_response_cannot_disagree(tmp_path):
+    text = RL.replace("samples_per_prompt: 8", "samples_per_prompt: 1").replace("schedule: {{", "schedule: {{dynamic_sampling: {{max_rounds: 3}}, ")
+    (error,) = check(task_of(tmp_path, text, claim("threshold", DRAWN)))[0]
+    assert "rollout.samples_per_prompt: found 1, allowed: at least 2 with schedule.dynamic_sampling" in str(error)
+
+
+@pytest.mark.parametrize("setting", ["dynamic_sampling: {{max_rounds: 2}}", "whole_rows_per_step: 8"])
+def test_settings_of_the_training_loop_are_refused_where_nothing_is_trained(tmp_path, setting):
+    text = OFFLINE + f"schedule: {{{{{setting}}}}}\n"
+    errors = check(task_of(tmp_path, text, claim("report", "estimand: k3_nats_per_token, contrast: {arm: bf16}")))[0]
+    assert any(f"schedule.{setting.partition(':')[0]}" in str(error) and "nothing, outside protocol rl" in str(error) for error in errors)
+
+
 def _errors(tmp_path, text):
     from suite.spec.strict_yaml import TaskErrors
 

@@ -14,6 +14,10 @@ from suite.spec.plan import ResolvedTask, arm_names, read_path
 from suite.spec.precision import COARSE_FORMATS, DTYPES
 from suite.spec.task import Grade, Task
 
+# A series that a run has only where a setting asks for it.
+SERIES_OF = dict.fromkeys(
+    ("drawn_reward_mean", "sampling_rounds", "sampling_limit_reached", "disagreeing_groups_share"), "schedule.dynamic_sampling"
+) | {"eval_reward_mean": "schedule.eval_every"}
 NOT_OF_THE_ROW = ("name", "shuffle_rewards", "perturb")  # of the algorithm section, but no override of a row
 
 
@@ -23,11 +27,12 @@ def rl_errors(resolved: ResolvedTask) -> list[TaskError]:
     if not kind_of(task).trains:
         return []
     cells = _cells(resolved)
-    checks = (_algorithm, _learning_rate, _batch, _reduction, _held_out, _coarse, _perturbation)
+    checks = (_algorithm, _learning_rate, _batch, _reduction, _held_out, _dynamic_sampling, _coarse, _perturbation)
     found = [error for key, settings in cells for check in checks for error in check(task, key, settings)]
     horizon = min(_steps(resolved), default=0)
     for name, grade in task.grade.items():
         found += _grade(task, f"grade.{name}", grade, horizon)
+    found += _series_of_settings(task, cells)
     return list({(error.key, str(error.found)): error for error in found}.values())
 
 
@@ -106,6 +111,28 @@ def _held_out(task: Task, key: str, settings: dict) -> list[TaskError]:
     if held_out and settings["data"].get("template") != "desk":
         return [TaskError(task.file, "data.held_out", held_out, "nothing, unless data.template is desk")]
     return []
+
+
+def _dynamic_sampling(task: Task, key: str, settings: dict) -> list[TaskError]:
+    """A group of one response never disagrees."""
+    samples = settings["rollout"]["samples_per_prompt"]
+    if settings["schedule"].get("dynamic_sampling") and samples < 2:
+        return [TaskError(task.file, "rollout.samples_per_prompt", samples, "at least 2 with schedule.dynamic_sampling")]
+    return []
+
+
+def _series_of_settings(task: Task, cells: list[tuple[str, dict]]) -> list[TaskError]:
+    """Claims and controls about a series that an arm of theirs does not have."""
+    asked = [(f"grade.{name}", grade) for name, grade in task.grade.items()]
+    asked += [(f"controls.{control.name}", control) for control in task.controls]
+    settings_of = {key.partition(".")[2]: settings for key, settings in cells}
+    errors = []
+    for key, one in asked:
+        path = SERIES_OF.get(one.estimand)
+        lacking = [name for name in one.contrast.names if path and name in settings_of and read_path(settings_of[name], path, None) is None]
+        if lacking:
+            errors.append(TaskError(task.file, f"{key}.estimand", one.estimand, f"only of arms with {path}, which {lacking[0]} has not"))
+    return errors
 
 
 def _coarse(task: Task, key: str, settings: dict) -> list[TaskError]:

@@ -8,7 +8,8 @@ from suite.spec.shapes import shape_of
 from suite.spec.task import Task
 
 MOE_FAMILIES = ("qwen3_moe",)  # that the moe trainer holds a table of names for
-OF_TRAINING = ("train.lora", "data.max_prompt_tokens", "schedule.minibatch_of", "precision.gradient_reduction")
+OF_TRAINING = ("train.lora", "data.max_prompt_tokens", "schedule.minibatch_of", "schedule.dynamic_sampling",
+               "schedule.whole_rows_per_step", "precision.gradient_reduction")  # fmt: skip
 
 
 def trainer_errors(task: Task, cells: list) -> dict[str, TaskError]:
