@@ -111,6 +111,12 @@ def test_the_levels_of_the_model_are_those_of_launches_in_that_precision():
     ]  # fmt: skip
 
 
+def test_without_an_exact_trainer_there_is_no_dose():
+    bf16 = launch_of(run(precision={"rollout": "m1", "train": "bf16"}))
+    assert not bf16.exact_trainer and launch_of(run()).exact_trainer
+    assert responses(replace(one, exact_trainer=False) for one in launches()) == []
+
+
 def test_a_task_shows_the_families_of_its_own_launches_with_those_of_other_tasks_on_the_same_machine():
     mine = [one for one in launches() if one.arm != "fp32-m1"]
     others = [one for one in launches() if one.arm == "fp32-m1"]

@@ -37,6 +37,7 @@ class Launch:
     time: int
     fell: bool
     learned: bool
+    exact_trainer: bool = True  # trained in fp32: what happens is then the sampler's doing
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def launch_of(run: Run) -> Launch | None:
     dose = float(np.mean([row["k3_nats_per_token"] for row in series[:WINDOW]]))
     learned = bool(window_mean(rewards, WINDOW).max() >= LEARNED)
     algorithm = settings["algorithm"]["name"]
-    return Launch(_family(settings), algorithm, run.arm, run.seed, dose, int(time), fell, learned)
+    exact_trainer = settings["precision"]["train"] == "fp32"
+    return Launch(_family(settings), algorithm, run.arm, run.seed, dose, int(time), fell, learned, exact_trainer)
 
 
 def _family(settings: dict) -> str:
@@ -93,10 +95,10 @@ def _said(value):
 
 
 def responses(launches: Iterable[Launch]) -> list[Response]:
-    """Every family in which two doses at least, beside an exact sampler, have launches that learned. Of two runs of the same arm
-    and seed the longer one counts."""
+    """Every family of launches with an exact trainer in which two doses at least stand beside an exact sampler. Of two runs of the
+    same arm and seed the longer one counts."""
     families: dict[str, dict[tuple[str, int], Launch]] = {}
-    for launch in launches:
+    for launch in (one for one in launches if one.exact_trainer):
         members = families.setdefault(launch.family, {})
         other = members.get((launch.arm, launch.seed))
         if other is None or (launch.fell, launch.time) > (other.fell, other.time):

@@ -30,17 +30,18 @@ from suite.spec.kinds import kind_of
 def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
     """All generated files by their path below `results_dir`."""
     rows = result_rows(results_dir, tasks)
-    files, figures, matrices, verdicts, places, drawn_of, launches, levels = {}, [], [], [], {}, {}, {}, []
+    files, figures, matrices, verdicts, places, published, launches, levels = {}, [], [], [], {}, {}, {}, []
     for folder in fingerprint_folders(results_dir):
         with records_of(folder):
             runs = published_runs(results_dir, folder.parent.name, folder.name)
             task = tasks.get(folder.parent.name)
-            drawn_of[folder] = plots.figures(kind_of(task), runs) if task else []
+            drawn = plots.figures(kind_of(task), runs) if task else []
             matrices += [(folder.parent.name, folder.name, matrix) for matrix in tables.matrices(runs)]
             verdicts.append(read_verdict(folder / VERDICT))
+            published[folder] = runs, drawn, verdicts[-1]
             launches[folder.parent.name, folder.name] = [one for one in map(launch_of, runs) if one]
             levels = own_levels(runs) if folder.parent.name == LEVELS_OF else levels  # of the last such machine by name
-    for folder, drawn in drawn_of.items():
+    for folder, (runs, drawn, verdict) in published.items():
         found = responses_of(launches, folder.parent.name, folder.name, MIN_DOSES)
         drawn = sorted([*drawn, *dose_figures(found, [*levels, *PAPER_LEVELS])], key=lambda figure: figure.name)
         place = folder.relative_to(results_dir).as_posix()
@@ -48,7 +49,7 @@ def generated_files(results_dir: Path, tasks: dict) -> dict[str, bytes]:
         files[f"{place}/{MANIFEST}"] = _manifest(folder, {f"figures/{f.name}.svg": f.svg for f in drawn})
         beside = [(f"{place}/figures/{one.name}.svg", one.caption) for one in drawn]
         of_task = places.setdefault(folder.parent.name, [])
-        of_task.append(page.Place(folder.name, verdicts[-1], runs, beside, tables.arm_table(verdicts[-1])))
+        of_task.append(page.Place(folder.name, verdict, runs, beside, tables.arm_table(verdict)))
         figures += [(folder.parent.name, folder.name, f"{place}/figures/{f.name}.svg", f.caption) for f in drawn]
     arms = [table for table in map(tables.arm_table, verdicts) if table]
     found = findings(rows)
