@@ -37,6 +37,22 @@ def write_model(folder: Path, *, tied: bool = False, experts: bool = False, seed
     return folder
 
 
+def weights_of(trainer):
+    """{name: fp32 master}, each whole and a copy."""
+    from suite.engines.trainers.health import whole
+
+    return {name: whole(master.detach()).clone() for name, master in trainer.masters.masters.items()}
+
+
+def passed_on(ours, other, folder: Path):
+    """`other`, after it has gone on from a checkpoint of `ours`."""
+    from suite.engines.checkpoint import load_checkpoint, save_checkpoint
+
+    save_checkpoint(folder, 1, *ours.held())
+    other.take_over(load_checkpoint(folder, 1)[1])
+    return other
+
+
 def some_requests(num: int = 12, seed: int = 0):
     import random
 

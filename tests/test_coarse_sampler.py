@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
+from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requests, weights_of, write_model  # noqa: E402
 
 from suite.engines.arithmetic import on_grid, round_to  # noqa: E402
 from suite.engines.samplers.load import load_sampler, rounded_checkpoint  # noqa: E402
@@ -70,8 +70,8 @@ def test_the_sync_is_proved_however_coarse_the_wire_and_a_stale_tensor_is_caught
 
 def test_the_proof_leaves_the_trainer_as_it_was(model):
     sampler, trainer = load_sampler(model, PLAIN, "m1", [EOS]), fp32_trainer(model)
-    before = {name: weight.detach().clone() for name, weight in trainer.masters.masters.items()}
+    before = weights_of(trainer)
     probe = Probe(as_sequences(sampler.sample(some_requests(8))), "fp32", wire="m1")
     sync_weights(trainer, sampler, "m1")
     prove_sync(trainer, sampler, "m1", probe)
-    assert all(torch.equal(weight, before[name]) for name, weight in trainer.masters.masters.items())
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())

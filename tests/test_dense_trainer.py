@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from small_models import OPTIMIZER, TRAIN, VOCABULARY, write_model  # noqa: E402
+from small_models import OPTIMIZER, TRAIN, VOCABULARY, passed_on, weights_of, write_model  # noqa: E402
 
 from suite.engines.batch import PAD_TO_TOKENS, MiniBatch, pad_sequences  # noqa: E402
 from suite.engines.trainers.load import load_trainer  # noqa: E402
@@ -119,13 +119,14 @@ def test_one_step_is_adamw_on_the_gradient_of_the_formula(model):
     norm = torch.cat([p.grad.flatten() for p in reference.parameters()]).norm().item()
 
     ours = trainer(model, micro_batch_size=2)
-    before = {name: p.detach().clone() for name, p in ours.masters.masters.items()}
+    before = weights_of(ours)
     report = ours.update(minibatch(rows, ours.score(rows), advantages), resolve("REINFORCE"))
     assert report["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert report["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    after = weights_of(ours)
     for name, p in reference.named_parameters():
         clear = p.grad.abs() > 1e-5  # where the sign is not a matter of rounding
-        moved = ours.masters.masters[name] - before[name]
+        moved = after[name] - before[name]
         assert torch.allclose(moved[clear], -OPTIMIZER["lr"] * p.grad[clear].sign(), rtol=1e-3), name
 
 
@@ -135,7 +136,7 @@ def test_micro_batches_do_not_change_the_step(model):
     for size in (1, 4, 64):
         ours = trainer(model, micro_batch_size=size)
         ours.update(minibatch(rows, ours.score(rows)), resolve("GRPO"))
-        after.append(torch.cat([p.flatten() for p in ours.masters.masters.values()]))
+        after.append(torch.cat([p.flatten() for p in weights_of(ours).values()]))
     assert torch.allclose(after[0], after[1], atol=1e-5) and torch.allclose(after[0], after[2], atol=1e-5)
 
 
@@ -184,10 +185,10 @@ def test_rows_without_an_advantage_do_not_count_as_underflow(model):
 @pytest.mark.parametrize("precision", [FP16, BF16])
 def test_16_bit_training_keeps_fp32_masters_that_move_below_the_spacing_of_the_format(model, precision):
     ours = trainer(model, precision, optimizer=OPTIMIZER | {"lr": 1e-7})
-    before = {name: p.detach().clone() for name, p in ours.masters.masters.items()}
+    before = weights_of(ours)
     report = ours.update(minibatch(sequences(), ours.score(sequences())), resolve("GRPO"))
     assert report["step_skipped"] == 0
-    moved = sum((p != before[name]).sum().item() for name, p in ours.masters.masters.items())
+    moved = sum((p != before[name]).sum().item() for name, p in weights_of(ours).items())
     assert moved > 1000
     executed = ours.executed()
     assert executed["master_weights"] == executed["optimizer_state"] == "fp32"
@@ -197,11 +198,11 @@ def test_16_bit_training_keeps_fp32_masters_that_move_below_the_spacing_of_the_f
 def test_an_overflowing_gradient_skips_the_step_and_halves_the_scale(model):
     precision = FP16 | {"loss_scaling": {"enabled": True, "init_scale": 2.0**40}}
     ours = trainer(model, precision)
-    before = {name: p.detach().clone() for name, p in ours.masters.masters.items()}
+    before = weights_of(ours)
     report = ours.update(minibatch(sequences(), ours.score(sequences())), resolve("GRPO"))
     assert report["step_skipped"] == 1 and np.isnan(report["grad_norm"])
     assert ours.scaler.scale_value == 2.0**39
-    assert all(torch.equal(p, before[name]) for name, p in ours.masters.masters.items())
+    assert all(torch.equal(p, before[name]) for name, p in weights_of(ours).items())
 
 
 def test_a_loss_that_is_not_finite_skips_the_step(model):
@@ -210,7 +211,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(model):
     old = ours.score(rows)
     report = ours.update(minibatch(rows, old, np.array([np.nan, 1, -1], np.float32)), resolve("GRPO"))
     assert np.isnan(report["loss"]) and report["step_skipped"] == 1
-    assert all(torch.isfinite(p).all() for p in ours.masters.masters.values())
+    assert all(torch.isfinite(p).all() for p in weights_of(ours).values())
 
 
 def test_equal_rewards_give_no_gradient(model):
@@ -220,7 +221,7 @@ def test_equal_rewards_give_no_gradient(model):
     assert report["grad_norm"] == 0.0 and report["loss"] == 0.0
 
 
-def test_a_resumed_trainer_goes_on_bit_for_bit(model):
+def test_a_resumed_trainer_goes_on_bit_for_bit(model, tmp_path):
     rows = sequences()
 
     def steps(ours, seeds):
@@ -230,16 +231,9 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(model):
 
     straight = steps(trainer(model, FP16), range(4))
     half = steps(trainer(model, FP16), range(2))
-    import io
-
-    buffer = io.BytesIO()
-    torch.save(half.state_dict(), buffer)
-    buffer.seek(0)
-    resumed = trainer(model, FP16)
-    resumed.load_state_dict(torch.load(buffer, weights_only=True))
-    steps(resumed, range(2, 4))
-    for name, p in straight.masters.masters.items():
-        assert torch.equal(p, resumed.masters.masters[name]), name
+    resumed = steps(passed_on(half, trainer(model, FP16), tmp_path), range(2, 4))
+    found = weights_of(resumed)
+    assert all(torch.equal(p, found[name]) for name, p in weights_of(straight).items())
     assert straight.scaler.state_dict() == resumed.scaler.state_dict()
 
 

@@ -4,6 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from suite.engines.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from suite.engines.trainers.loss_scale import LossScaler  # noqa: E402
 from suite.engines.trainers.masters import MasterWeights  # noqa: E402
 from suite.spec.learning_rate import learning_rate  # noqa: E402
@@ -71,7 +72,7 @@ def test_a_skipped_step_does_not_count():
 
 
 @pytest.mark.parametrize("stop", range(1, 7))
-def test_a_resumed_optimizer_goes_on_with_the_same_rates_and_weights_bit_for_bit(stop):
+def test_a_resumed_optimizer_goes_on_with_the_same_rates_and_weights_bit_for_bit(tmp_path, stop):
     settings = {"lr_schedule": STEP | {"every": 2}, "warmup_steps": 2}
     gradients = [0.3, -0.1, float("inf"), 0.2, 0.05, 0.4, -0.3]
     straight, scaler = masters_of(**settings), LossScaler(enabled=False)
@@ -80,7 +81,8 @@ def test_a_resumed_optimizer_goes_on_with_the_same_rates_and_weights_bit_for_bit
     first, first_scaler = masters_of(**settings), LossScaler(enabled=False)
     before = steps(first, first_scaler, gradients[:stop])
     second, second_scaler = masters_of(**settings), LossScaler(enabled=False)
-    second.load_state_dict(first.state_dict())
+    save_checkpoint(tmp_path, stop, *first.held())
+    second.take_over(load_checkpoint(tmp_path, stop)[1])
     second_scaler.load_state_dict(first_scaler.state_dict())
     after = steps(second, second_scaler, gradients[stop:])
     assert [r["learning_rate"] for r in before + after] == [r["learning_rate"] for r in expected]

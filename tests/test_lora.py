@@ -8,10 +8,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, some_requests, write_model  # noqa: E402
+from small_models import EOS, OPTIMIZER, ROLLOUT, TRAIN, as_sequences, passed_on, some_requests, weights_of, write_model  # noqa: E402
 from test_dense_trainer import BF16, FP16, FP32, minibatch, sequences  # noqa: E402
 
 from suite.engines.arithmetic import torch_dtype  # noqa: E402
+from suite.engines.trainers.health import whole  # noqa: E402
 from suite.engines.trainers.load import load_trainer  # noqa: E402
 from suite.errors import UserError  # noqa: E402
 from suite.spec.algorithms import resolve  # noqa: E402
@@ -30,13 +31,13 @@ def trainer(model, precision=FP32, seed=0, **changes):
     return load_trainer(model, TRAIN | {"optimizer": OPTIMIZER, "lora": LORA} | changes, precision, 1.0, seed)
 
 
+def frozen_of(ours):
+    return {name: whole(p.detach()).clone() for name, p in ours.masters.frozen.items()}
+
+
 def step(ours, advantage_seed=0):
     advantages = np.random.default_rng(advantage_seed).normal(size=len(ROWS)).astype(np.float32)
     return ours.update(minibatch(ROWS, ours.score(ROWS), advantages), resolve("GRPO"))
-
-
-def masters_of(ours):
-    return {name: master.detach().clone() for name, master in ours.masters.masters.items()}
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16, FP16])
@@ -76,7 +77,7 @@ def test_the_update_is_alpha_over_rank_times_b_a(model, rank, alpha):
     step(ours)
     merged = dict(ours.named_weights(torch.float32))
     layer = "model.layers.1.mlp.down_proj"
-    a, b = (ours.masters.masters[f"{layer}.lora_{part}.default.weight"].detach().double() for part in "AB")
+    a, b = (weights_of(ours)[f"{layer}.lora_{part}.default.weight"].double() for part in "AB")
     assert a.shape[0] == b.shape[1] == rank
     update = merged[f"{layer}.weight"].double() - base[f"{layer}.weight"].double()
     torch.testing.assert_close(update, alpha / rank * b @ a, atol=1e-6, rtol=1e-3)
@@ -85,22 +86,22 @@ def test_the_update_is_alpha_over_rank_times_b_a(model, rank, alpha):
 def test_the_first_step_moves_every_b_and_no_a_and_nothing_else_ever_moves(model):
     """With B = 0 the gradient of A is exactly 0."""
     ours = trainer(model)
-    before, frozen = masters_of(ours), {name: p.clone() for name, p in ours._frozen.items()}
+    before, frozen = weights_of(ours), frozen_of(ours)
     assert len(before) == 2 * len(SEVEN) * 2, "A and B in seven layers of two blocks"
     assert all(torch.any(p) == (".lora_A." in name) for name, p in before.items())
     step(ours)
-    for name, master in ours.masters.masters.items():
+    for name, master in weights_of(ours).items():
         assert torch.equal(master, before[name]) == (".lora_A." in name), name
     step(ours, 1)
-    assert not any(torch.equal(master, before[name]) for name, master in ours.masters.masters.items())
-    assert all(torch.equal(p, frozen[name]) for name, p in ours._frozen.items())
+    assert not any(torch.equal(master, before[name]) for name, master in weights_of(ours).items())
+    assert all(torch.equal(p, frozen[name]) for name, p in frozen_of(ours).items())
 
 
 def test_the_launch_seed_draws_a_and_nothing_else_hears_of_it(model):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, again, other = (masters_of(trainer(model, seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (weights_of(trainer(model, seed=seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.rand(1), expected)
     drawn = [name for name in first if ".lora_A." in name]
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -121,18 +122,17 @@ def test_gradient_checkpointing_changes_no_adapter(model):
     plain, recomputed = trainer(model, FP16), trainer(model, FP16, gradient_checkpointing=True)
     for ours in (plain, recomputed):
         step(ours), step(ours, 1)
-    for name, master in plain.masters.masters.items():
-        assert torch.equal(master, recomputed.masters.masters[name]), name
+    found = weights_of(recomputed)
+    assert all(torch.equal(master, found[name]) for name, master in weights_of(plain).items())
 
 
-def test_a_resumed_trainer_with_adapters_goes_on_bit_for_bit(model):
+def test_a_resumed_trainer_with_adapters_goes_on_bit_for_bit(model, tmp_path):
     straight, half = trainer(model, FP16), trainer(model, FP16)
     step(straight), step(straight, 1), step(half)
-    resumed = trainer(model, FP16, seed=9)  # other fresh adapters, all of them replaced
-    resumed.load_state_dict(half.state_dict())
+    resumed = passed_on(half, trainer(model, FP16, seed=9), tmp_path)  # other fresh adapters, all of them replaced
     step(resumed, 1)
-    for name, master in straight.masters.masters.items():
-        assert torch.equal(master, resumed.masters.masters[name]), name
+    found = weights_of(resumed)
+    assert all(torch.equal(master, found[name]) for name, master in weights_of(straight).items())
 
 
 def test_moved_weights_reach_base_and_adapters_and_come_back_exactly(model):
@@ -161,7 +161,7 @@ class BaseAlone:
         self._trainer = ours
 
     def named_weights(self, dtype):
-        yield from ((name.replace(".base_layer", ""), p.to(dtype)) for name, p in self._trainer._frozen.items())
+        yield from ((name.replace(".base_layer", ""), p.to(dtype)) for name, p in frozen_of(self._trainer).items())
 
     def __getattr__(self, name):
         return getattr(self._trainer, name)

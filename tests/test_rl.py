@@ -18,7 +18,6 @@ torch = pytest.importorskip("torch")
 from small_models import OPTIMIZER, ROLLOUT  # noqa: E402
 from test_record import OneTask  # noqa: E402
 
-from suite.engines.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from suite.engines.models import load_tokenizer  # noqa: E402
 from suite.errors import UserError  # noqa: E402
 from suite.problems.data import load_prompts, token_ids  # noqa: E402
@@ -160,15 +159,15 @@ def interrupted(root: Path, after: int, **changes) -> Path:
 
 def test_damaged_checkpoints_and_a_cut_line_are_recovered_from_the_one_before_and_said_so(straight, tmp_path):
     folder = interrupted(tmp_path, after=7)
-    newest = folder / "checkpoint" / "step-00006.pt"
+    newest = folder / "checkpoint" / "step-00006" / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:-100])  # a corrupted file
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 7, "rew')  # a truncated line
     notes = []
     resumed = run(tmp_path, progress=lambda name, done, total, note="": notes.append(note))
-    assert any("step-00006.pt: its content does not have the recorded hash" in note for note in notes)
+    assert any("step-00006: its content does not have the recorded hash" in note for note in notes)
     cut = "metrics.jsonl: a line cut short after line 7; dropped from there on"
-    assert resumed.record["recovered"] == [cut, "step-00006.pt: its content does not have the recorded hash"]
+    assert resumed.record["recovered"] == [cut, "step-00006: its content does not have the recorded hash"]
     assert any(cut in note for note in notes)
     assert json.dumps(series(resumed)) == json.dumps(series(straight))
 
@@ -196,34 +195,6 @@ def test_dynamic_sampling_and_a_sample_of_whole_rows_are_the_same_in_a_resumed_r
     assert json.dumps(series(unthinned)) == json.dumps(series(whole)), "what is kept changes nothing that is measured"
     for column, values in whole.summary.items():
         assert values.tolist() == unthinned.summary[column].tolist(), column
-
-
-def test_a_half_written_checkpoint_is_passed_over_and_two_are_kept(tmp_path):
-    for step in (2, 4, 6):
-        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-00004.pt", "step-00006.pt"]
-    (tmp_path / "step-00006.sha256").unlink()
-    done, state, passed_over = load_checkpoint(tmp_path, 99)
-    assert (done, state["step"].item()) == (4, 4) and "hash is missing" in passed_over[0]
-    (tmp_path / "step-00004.pt").write_bytes(b"")
-    assert load_checkpoint(tmp_path, 99)[:2] == (0, None)
-
-
-def test_a_damaged_hash_or_a_foreign_file_beside_a_checkpoint_is_passed_over(tmp_path):
-    for step in (2, 4):
-        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
-    (tmp_path / "step-00004.sha256").write_bytes(b"\xff" * 64)
-    (tmp_path / "step-last.pt").write_bytes(b"x")
-    done, state, passed_over = load_checkpoint(tmp_path, 99)
-    assert (done, state["step"].item()) == (2, 2)
-    assert passed_over == ["step-00004.pt: its content does not have the recorded hash"]
-
-
-def test_a_checkpoint_that_is_ahead_of_the_record_is_passed_over(tmp_path):
-    for step in (2, 4):
-        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)})
-    done, state, passed_over = load_checkpoint(tmp_path, 3)
-    assert (done, state["step"].item()) == (2, 2) and passed_over == ["step-00004.pt: the record has only 3 whole steps"]
 
 
 def test_no_problem_comes_twice_in_a_round_and_every_pass_has_another_order():

@@ -155,9 +155,7 @@ def test_a_mutated_type_of_claims_is_refused_where_it_is_used(tree, name):
 
 def test_one_bad_file_hides_no_other_task(tree, capsys):
     path = tree / "tasks" / "desk" / "desk-offline-mismatch.yaml"
-    intact = path.read_text()
-    path.write_text(intact.replace("accept: [null, 0.0]", "accept: [16]", 1))
-    assert path.read_text() != intact
+    path.write_text(path.read_text().replace("accept: [16, 128]", "accept: [16]"))
     for arguments, shown in ((["list"], "desk-sanity-grpo"), (["show", "C5"], "sanity-data"), (["list", "--json"], "[")):
         assert main(arguments) == 2
         out, err = capsys.readouterr()

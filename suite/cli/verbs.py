@@ -147,7 +147,8 @@ def run(args) -> int:
         return EXIT_NOTHING
     _check_machine(resolved, args)
     _run_cells(args, task, cells)
-    print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
+    if _is_first_rank():
+        print(f"{task.id}: {len(cells)} cells complete below {args.runs_dir / task.id}")
     return 0
 
 
@@ -209,6 +210,8 @@ def reproduce(args) -> int:
     _check_machine(resolved, args)
     if cells:
         _run_cells(args, task, cells)
+    if not _is_first_rank():
+        return 0
     verdict, path = (None, None) if args.limit else _grade_records(resolved, args.runs_dir)
     if verdict is None:
         print("a run with --limit is never graded" if args.limit else _nothing_recorded(task, args.runs_dir))
@@ -398,25 +401,42 @@ def _check_machine(resolved: ResolvedTask, args) -> None:
 
 
 def _run_cells(args, task: Task, cells: list[Cell]) -> None:
-    from suite.machine.processes import WORKER_VARIABLE
+    from suite.machine import environment
+    from suite.machine.processes import WORKER_VARIABLE, take_place
 
-    group_size, world = _ranks_per_cell(cells), os.environ.get("WORLD_SIZE", "1")
-    if WORKER_VARIABLE not in os.environ:
-        if world != "1":
-            raise UserError(f"WORLD_SIZE: found {world}, allowed: nothing or 1; --nproc starts the processes")
-        if group_size > 1 or args.nproc > 1 or args.launcher:
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size > 1:
+        _check_ranks(args, task, size)
+    elif WORKER_VARIABLE not in os.environ:
+        ranks = _ranks_per_cell(cells)
+        if ranks > 1 or args.nproc > 1 or args.launcher:
             if args.log:
                 raise UserError(f"--log: found {args.log}, allowed: with one process; `suite export` has the metrics of any run")
-            return _deal_cells(args, kind_of(task), cells, group_size)
+            return _deal_cells(args, kind_of(task), cells, ranks)
+    take_place(environment.gpu_names)
     from suite.cli.metrics_log import MetricsLog, logger
     from suite.cli.progress import Progress
-    from suite.engines.ranks import join
+    from suite.engines.world import join
     from suite.protocols.run import run_task
 
     send = logger(args.log, task.id, args.runs_dir) if args.log else None
     with Progress(len(cells)) as progress:
-        progress = MetricsLog(progress, args.runs_dir / task.id, send) if send else progress
-        run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress, ranks=join())
+        progress = MetricsLog(progress, args.runs_dir / task.id, send) if send and _is_first_rank() else progress
+        run_task(task, cells, runs_dir=args.runs_dir, limit=args.limit, fresh=args.fresh, progress=progress, world=join())
+
+
+def _check_ranks(args, task: Task, size: int) -> None:
+    """Raises UserError for what ranks that torchrun has started cannot do together."""
+    if not kind_of(task).trains:
+        raise UserError(f"torchrun: found {size} processes, allowed: 1 with protocol {task.protocol}; --nproc deals out its cells")
+    for flag, given in (("--nproc", args.nproc > 1 and args.nproc), ("--launcher", args.launcher)):
+        if given:
+            raise UserError(f"{flag}: found {given!r}, allowed: nothing in processes that torchrun has started")
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the one process that reports, of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _ranks_per_cell(cells: list[Cell]) -> int:
@@ -427,25 +447,23 @@ def _ranks_per_cell(cells: list[Cell]) -> int:
     return sizes[0]
 
 
-def _deal_cells(args, kind: Kind, cells: list[Cell], group_size: int) -> None:
-    """Run the cells in several processes (suite/machine/processes.py)."""
+def _deal_cells(args, kind: Kind, cells: list[Cell], ranks: int) -> None:
+    """Run the cells in several processes (suite/machine/processes.py), `ranks` of them together."""
     from suite.machine import environment
     from suite.machine.processes import Place, deal, places, run_workers
 
-    num = max(args.nproc, group_size)
-    if args.launcher and group_size > 1:
-        raise UserError(f"--launcher: found {args.launcher!r}, allowed: nothing, with train.parallel.data {group_size}: ranks of a cell need one machine")
-    if num % group_size:
-        raise UserError(f"--nproc: found {num}, allowed: a multiple of {group_size} (train.parallel.data)")
-    blocks = deal(cells, num // group_size, kind)
+    num = max(args.nproc, ranks)
+    if num % ranks:
+        raise UserError(f"--nproc: found {num}, allowed: a multiple of {ranks} (train.parallel.data)")
+    blocks = deal(cells, num // ranks, kind)
     if args.launcher:
-        where = [Place()] * num
+        where = [Place()] * len(blocks)
     else:
-        where = places(num, environment.gpu_names(), sorted(os.sched_getaffinity(0)))
+        where = places(num // ranks, environment.gpu_names(), sorted(os.sched_getaffinity(0)), ranks)[: len(blocks)]
     arguments = [args.task, "--out", str(args.runs_dir)]
     arguments += ["--limit", str(args.limit)] if args.limit else []
     arguments += ["--fresh"] if args.fresh else []
-    run_workers(blocks, where, arguments, group_size=group_size, launcher=args.launcher)
+    run_workers(blocks, where, arguments, ranks=ranks, launcher=args.launcher)
 
 
 def _grade_records(resolved: ResolvedTask, runs_dir: Path):

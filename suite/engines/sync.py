@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from suite.engines.arithmetic import CachedAs, on_grid, round_to, torch_dtype
-from suite.engines.ranks import Ranks
+from suite.engines.batch import request_seed
 from suite.engines.samplers.load import Sampler
+from suite.engines.world import World
 from suite.spec.precision import CACHE_FORMATS, FORMATS, dtype_name
 
 # Relative size of the random move of each weight in the challenge; on a coarse wire a little more than half the spacing of
@@ -56,18 +57,18 @@ class Gap:
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed sequences on which sampler and trainer are compared, teacher-forced on both sides; on every one of `ranks`,
-    of which the widest gap counts."""
+    """Fixed sequences on which sampler and trainer are compared, teacher-forced on both sides; on every rank of
+    `world`, of which the widest gap counts."""
 
     sequences: list[tuple[list[int], int]]
     precision: str  # format of the products of the coarser engine
-    ranks: Ranks = Ranks()
+    world: World = World()
     wire: str = "fp32"  # format in which weights travel
     cache: str = "fp32"  # format in which the sampler keeps keys and values
 
     def gap(self, sampler: Sampler, trainer) -> Gap:
         own = self._own_gap(sampler, trainer)
-        gaps = self.ranks.gather((own.logprob_diff_mean, own.k3))
+        gaps = self.world.gather((own.logprob_diff_mean, own.k3))
         return Gap(*(float(np.max(column)) for column in zip(*gaps, strict=True)))  # nan, if one is
 
     def _own_gap(self, sampler: Sampler, trainer) -> Gap:
@@ -152,13 +153,14 @@ def rounder(wire: str) -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
 
 def _mover(seed: int, wire: str = "fp32") -> Callable[[Iterable[tuple[str, torch.Tensor]]], None]:
     """Multiplies each weight, in place, by 1 + scale x a random sign: no weight keeps its value. A tensor of zeros (a fresh
-    bias, the B of a fresh adapter) becomes scale x a random sign."""
+    bias, the B of a fresh adapter) becomes scale x a random sign. The signs of a tensor are drawn from its name."""
     scale = max(CHALLENGE_SCALE, CHALLENGE_ROUNDINGS * FORMATS[wire].rounding)
 
     def move(named_tensors) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for _, tensor in named_tensors:
-            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device, tensor.dtype) * 2 - 1
+        for name, tensor in named_tensors:
+            generator = torch.Generator().manual_seed(request_seed(seed, name))
+            drawn = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int8)
+            signs = drawn.to(tensor.device).to(tensor.dtype) * 2 - 1
             if tensor.any():
                 tensor.mul_(1 + scale * signs)
             else:

@@ -1,10 +1,12 @@
-"""Several processes on one machine: the cells of a task are dealt out to groups of workers, each with its own engines.
+"""Several processes on one machine: the cells of a task are dealt out to workers, each with its own engines.
 
 A worker is `suite run TASK --cell ...` in a process of its own: on its own GPU, or on its own share of the cores (two
 engines on the same cores slow each other several times over). Its fingerprint says how many it had. RL cells share nothing,
 so a worker records what one process with the same GPU or cores would have; offline, cells that share rollouts stay together,
-but an engine that serves fewer launches samples in other batches, whose numbers differ in their last bits. A group has one worker, or as many
-as train.parallel.data says, which then run each of their cells together (suite/engines/ranks.py). No torch.
+but an engine that serves fewer launches samples in other batches, whose numbers differ in their last bits.
+
+Where train.parallel.data says so, a worker is torchrun (suite/engines/together.py), whose ranks run each of its cells together
+(suite/engines/world.py); so they do where somebody starts `suite run` with torchrun, on one machine or many. No torch.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import ctypes
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +30,12 @@ from suite.spec.kinds import Kind
 from suite.spec.plan import Cell, canonical_json
 
 GRACE_SECONDS = 10  # for a worker to hear of an interrupt by itself
-MATES_SECONDS = 2  # for a worker whose group has lost another one: it waits for that one and would for ever
 POLL_SECONDS = 0.1
 ROLLOUT_POINTS = ("precision.rollout", "precision.kv_cache", "precision.rollout_logits")
 WORKER_VARIABLE = "SUITE_WORKER"
 CHECKED = {WORKER_VARIABLE: "1"}  # says to a worker that whoever started it has looked at the machine
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+TORCHRUN = ["-m", "suite.engines.together", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
 
 
 @dataclass(frozen=True)
@@ -59,55 +61,63 @@ def deal(cells: list[Cell], num: int, kind: Kind) -> list[list[Cell]]:
     return [[cell for launch in launches[start:end] for cell in launch] for start, end in zip(ends, ends[1:])]
 
 
-def places(num: int, gpus: list[str], cores: list[int]) -> list[Place]:
-    """A GPU for each of `num` workers where there are GPUs, else an equal share of the cores each. Raises UserError if there
-    are more workers than either.
+def places(num: int, gpus: list[str], cores: list[int], ranks: int = 1) -> list[Place]:
+    """A GPU for every rank of each of `num` workers where there are GPUs, else an equal share of the cores each. Raises
+    UserError if there are more ranks than either.
     """
     have, what = (len(gpus), "GPUs") if gpus else (len(cores), "cores")
-    if num > have:
-        raise UserError(f"--nproc: found {num}, allowed: at most {have}, the {what} that this process may use")
+    if num * ranks > have:
+        raise UserError(f"--nproc: found {num * ranks}, allowed: at most {have}, the {what} that this process may use")
     if gpus:
-        return [Place(env=CHECKED | {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in gpus[:num]]
-    size = len(cores) // num  # equal shares: the number of cores is part of the fingerprint; what is left over idles
-    shares = [cores[size * i : size * (i + 1)] for i in range(num)]
+        shares = [gpus[ranks * i : ranks * (i + 1)] for i in range(num)]
+        return [Place(env=CHECKED | {"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
+    size = len(cores) // (num * ranks)  # equal shares: the number of cores is part of the fingerprint; the rest idles
+    shares = [cores[size * ranks * i : size * ranks * (i + 1)] for i in range(num)]
     return [Place(frozenset(share), CHECKED | {"OMP_NUM_THREADS": str(size)}) for share in shares]
 
 
-@dataclass(frozen=True)
-class Worker:
-    """A process and the group that it belongs to."""
+def take_place(gpus: Callable[[], list[str]]) -> None:
+    """In a rank that torchrun has started, before torch is imported: keep to one of the machine's GPUs, or to an equal share
+    of the cores, and end if torchrun is killed. Does nothing in a process alone.
 
-    process: subprocess.Popen
-    group: int
-
-
-def run_workers(blocks: list[list[Cell]], where: list[Place], arguments: list[str], *, group_size: int = 1,
-                launcher: str | None = None) -> None:
-    """A group of workers per block, all at once, until the last has ended; their lines on stderr are passed on with the
-    worker's number before them.
-
-    where: a place for each worker, group by group. arguments: of `suite run`, without --cell. launcher: a command that
-    starts each of them, such as `srun -n 1 -G 1`; it then decides where they run. Raises WorkersFailed if any failed: the
-    others of its group are ended, other groups go on to their end first. An interrupt is handed to all of them, and they
-    are waited for.
+    gpus: the names of those that this process may use. Raises UserError if there are more ranks than GPUs.
     """
-    begin = [*shlex.split(launcher or ""), sys.executable, "-m", "suite", "run", *arguments, "--cell"]
+    num, number = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if num == 1:
+        return
+    here, cores = gpus(), sorted(os.sched_getaffinity(0))
+    if here and num > len(here):
+        raise UserError(f"torchrun: found {num} processes on this machine, allowed: at most {len(here)}, its GPUs")
+    place = places(num, here, cores if here or len(cores) >= num else cores * num)[number]
+    os.environ |= place.env
+    _settle(place.cores, os.getppid())
+
+
+def run_workers(blocks: list[list[Cell]], where: list[Place], arguments: list[str], *, ranks: int = 1,
+                launcher: str | None = None) -> None:
+    """A worker per block, all at once, until the last has ended; their lines on stderr are passed on with the worker's
+    number before them.
+
+    where: a place for each worker. arguments: of `suite run`, without --cell. ranks: that run each cell together; a worker
+    of several is torchrun. launcher: a command that starts each worker, such as `srun -n 1 -G 1`; it then decides where
+    they run. Raises WorkersFailed if any failed: the others go on to their end first. An interrupt is handed to all of them,
+    and they are waited for.
+    """
+    torchrun = [*TORCHRUN, "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    begin = [*shlex.split(launcher or ""), sys.executable, *torchrun, "-m", "suite", "run", *arguments, "--cell"]
     workers, readers = [], []
     try:
-        for group, block in enumerate(blocks):
-            names, together = ",".join(cell.name for cell in block), _as_ranks(group_size)
-            for place, rank in zip(where[group * group_size :], together, strict=False):
-                process = subprocess.Popen(
-                    [*begin, names], env=os.environ | place.env | rank, text=True, errors="replace",
-                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=partial(_settle, place.cores, os.getpid()),
-                )  # fmt: skip
-                readers.append(threading.Thread(target=_pass_on, args=(len(workers), process.stderr), daemon=True))
-                workers.append(Worker(process, group))
-                readers[-1].start()
+        for block, place in zip(blocks, where, strict=True):
+            workers.append(subprocess.Popen(
+                [*begin, ",".join(cell.name for cell in block)], env=os.environ | place.env, text=True, errors="replace",
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=partial(_settle, place.cores, os.getpid()),
+            ))  # fmt: skip
+            readers.append(threading.Thread(target=_pass_on, args=(len(readers), workers[-1].stderr), daemon=True))
+            readers[-1].start()
         failed = _wait(workers)
     finally:  # a terminal tells the workers of Ctrl-C as well; who sends another signal tells this process alone
         told_all = signals.heard() in (None, signal.SIGINT)
-        _end([worker.process for worker in workers], GRACE_SECONDS if told_all else 0)
+        _end(workers, GRACE_SECONDS if told_all else 0)
         for reader in readers:
             reader.join()
     if failed:
@@ -116,31 +126,17 @@ def run_workers(blocks: list[list[Cell]], where: list[Place], arguments: list[st
         raise WorkersFailed(f"{told} of {len(workers)} failed; what was recorded is intact", codes.pop() if len(codes) == 1 else EXIT_ERROR)
 
 
-def _as_ranks(size: int) -> list[dict[str, str]]:
-    """What each worker of a group must know to find the others, as torchrun would say it; nothing for one alone."""
-    if size == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
-    return [shared | {"RANK": str(rank)} for rank in range(size)]
-
-
-def _wait(workers: list[Worker]) -> list[tuple[int, int]]:
-    """(number, exit code) of the workers that failed, in the order in which they did; those that were ended because another
-    one of their group had failed are not among them."""
-    failed, lost, left = [], set(), dict(enumerate(workers))
+def _wait(workers: list[subprocess.Popen]) -> list[tuple[int, int]]:
+    """(number, exit code) of the workers that failed, in the order in which they did."""
+    failed, left = [], dict(enumerate(workers))
     while left:
         for number, worker in list(left.items()):
-            code = worker.process.poll()
+            code = worker.poll()
             if code is None:
                 continue
             del left[number]
-            if code and worker.group not in lost:
+            if code:
                 failed.append((number, code))
-                lost.add(worker.group)
-                _end([other.process for other in left.values() if other.group == worker.group], MATES_SECONDS)
         time.sleep(POLL_SECONDS)
     return failed
 

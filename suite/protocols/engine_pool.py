@@ -10,9 +10,9 @@ from pathlib import Path
 from suite.engines.arithmetic import matmul_flags
 from suite.engines.batch import Request, Rollout, request_seed
 from suite.engines.models import load_tokenizer, model_folder, model_record, model_vocabulary, stop_token_ids
-from suite.engines.ranks import Ranks
 from suite.engines.samplers.load import load_sampler
 from suite.engines.trainers.load import load_trainer
+from suite.engines.world import World
 from suite.problems.data import Prompt, token_ids
 from suite.problems.rewards import FORMAT_OF_TEMPLATE, RewardPool
 from suite.protocols.session import Session
@@ -27,10 +27,10 @@ SAMPLER_SETTINGS = ("model", "rollout", "precision.rollout", "precision.rollout_
 class Engines:
     """The sampler of a group and the trainers its cells ask for, each loaded when first needed."""
 
-    def __init__(self, cell: Cell, ranks: Ranks = Ranks()):
-        self._cell, self.ranks = cell, ranks
+    def __init__(self, cell: Cell, world: World = World()):
+        self._cell, self.world = cell, world
         self._sampler, self._trainers, self._folder, self._tokenizer = None, {}, None, None
-        self.rewards = reward_pool(cell.settings["data"], ranks.size)
+        self.rewards = reward_pool(cell.settings["data"], world.size)
 
     @property
     def folder(self) -> Path:
@@ -77,7 +77,7 @@ class Engines:
         if "changing" in self._trainers:
             self._trainers.pop("changing").close()
         train, precision = cell.settings["train"], cell.settings["precision"]
-        trainer = load_trainer(self.folder, train, precision, cell.get("rollout.temperature"), cell.seed, self.ranks)
+        trainer = load_trainer(self.folder, train, precision, cell.get("rollout.temperature"), cell.seed, self.world)
         self._trainers["changing"] = trainer
         return trainer
 
@@ -134,7 +134,7 @@ def run_one_by_one(cells: list[Cell], session: Session, stage: str, run_cell: Ca
     """Every cell that has no finished record, in groups that share a sampler. `run_cell(cell, writer, engines, session)`
     ends with the record finished (Session.run_cell says what becomes of an error)."""
     for group in group_cells(cells, SAMPLER_SETTINGS):
-        engines = Engines(group[0], session.ranks)
+        engines = Engines(group[0], session.world)
         try:
             for cell in group:
                 session.run_cell(cell, stage, lambda writer, cell=cell, pool=engines: run_cell(cell, writer, pool, session))

@@ -12,7 +12,7 @@
         record      evidence, one line of metrics; a checkpoint every few steps
 
 Where train.parallel.data says so, several ranks run this loop together: each samples, rewards, scores and back-propagates
-its share, every one has the whole step (suite/engines/ranks.py), and rank 0 records it.
+its share, every one has the whole step (suite/engines/world.py), and rank 0 records it.
 
 All randomness is a function of launch seed and step: the order of problems, the mini-batches, the sampling noise. So a
 run that was killed goes on from its last checkpoint and ends with the same series, bit for bit.
@@ -32,7 +32,6 @@ import torch
 from suite.engines.batch import MiniBatch, Rollout, request_seed
 from suite.engines.checkpoint import load_checkpoint, save_checkpoint
 from suite.engines.losses import advantages
-from suite.engines.ranks import Ranks, ReplicaError
 from suite.engines.sync import Probe, prove_sync, rounder, sync_weights
 from suite.engines.trainers.health import GROUPS
 from suite.errors import UserError
@@ -71,15 +70,13 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     prompts = engines.within(prompts, cell.get("data.max_prompt_tokens", None))
     held_out = load_held_out(cell.settings["data"])
     precision = Precision.of(cell.settings["precision"])
-    wire, ranks = precision.wire, session.ranks
+    wire, world = precision.wire, session.world
     sampler, trainer = engines.sampler, engines.new_trainer(cell)
     writer.note_weights(engines.weights)
     writer.update(algorithm=algorithm.settings())
 
     # --- where an earlier attempt stopped
-    done, state, passed_over = load_checkpoint(writer.folder / "checkpoint", writer.parts_done)
-    if len(set(ranks.gather(done))) > 1:
-        raise ReplicaError(f"{writer.folder}: the ranks found different checkpoints")
+    done, saved, passed_over = load_checkpoint(writer.folder / "checkpoint", writer.parts_done, world)
     writer.rewind(done)
     if passed_over:
         writer.note_recovery(*passed_over)
@@ -95,8 +92,8 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
     probe = _probe(prompts, engines, precision)
     floor = prove_sync(trainer, sampler, wire, probe)
     writer.update(sync_floor={"logprob_diff_mean": floor.logprob_diff_mean, "k3": floor.k3})
-    if state:
-        trainer.load_state_dict(state)
+    if saved:
+        trainer.take_over(saved)
         sync_weights(trainer, sampler, wire)
 
     # --- the loop
@@ -107,9 +104,9 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         clock = Clock()
 
         def take(batch: list[Prompt], step: int = step, clock: Clock = clock):
-            rollouts = ranks.spread(engines.requests(batch, cell.seed, step), sampler.sample)
+            rollouts = world.spread(engines.requests(batch, cell.seed, step), sampler.sample)
             clock.lap("t_sample_s")
-            rewards = ranks.spread(rollouts, lambda share: engines.reward(share, batch))
+            rewards = world.spread(rollouts, lambda share: engines.reward(share, batch))
             clock.lap("t_rest_s")
             return rollouts, rewards
 
@@ -119,8 +116,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         told = engines.scorable(rollouts)
         chosen = sampler.expert_choices(told)
         replay(cell.settings["train"], told, chosen, trainer)
-        scored = ranks.spread(sequences, lambda share: list(zip(*trainer.score_and_argmax(share), strict=True)))
-        trainer_logprobs, trainer_argmaxes = ([one[part] for one in scored] for part in (0, 1))
+        trainer_logprobs, trainer_argmaxes = trainer.score_and_argmax(sequences)
         clock.lap("t_score_s")
         if step and not _finite(rollouts, trainer_logprobs):
             session.progress(cell.name, step, num_steps, "log-probs are not finite: the run has diverged")
@@ -137,7 +133,7 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         row |= by_advantage(*logprobs, whole.advantages, num_response_tokens(evidence))
         row |= argmax_flips([rollout.argmax_token_ids for rollout in rollouts], trainer_argmaxes)
         if perturb:
-            whole = _perturbed(whole, perturb, trainer, ranks, request_seed(cell.seed, "perturb", step))
+            whole = _perturbed(whole, perturb, trainer, request_seed(cell.seed, "perturb", step))
         parts = _minibatches(batch, rollouts, schedule, cell.seed, step)
         updates = [trainer.update(whole.rows(part), algorithm) for part in parts]
         replay(cell.settings["train"], [], [], trainer)
@@ -161,14 +157,14 @@ def _run_cell(cell: Cell, writer: RunWriter, engines: Engines, session: Session)
         writer.append(row | clock.laps, evidence)
         writer.note_executed(engines.executed(trainer) | {"wire": travelled})
         due = (step + 1) % (schedule.get("checkpoint_every") or DEFAULT_CHECKPOINT_EVERY) == 0 or step + 1 == num_steps
-        if due and ranks.is_first:
-            save_checkpoint(writer.folder / "checkpoint", step + 1, trainer.state_dict())
+        if due:
+            save_checkpoint(writer.folder / "checkpoint", step + 1, *trainer.held(), world)
         session.progress(cell.name, step + 1, num_steps, f"reward {row['reward_mean']:.3f}, k3 {row['k3_nats_per_token']:.1e}")
 
         diverged = _diverged(writer.metrics, schedule["minibatches"])
         if diverged:
             break
-    if ranks.is_first:
+    if world.is_first:
         _finish(writer, tally, diverged)
 
 
@@ -211,8 +207,8 @@ def _evaluate(held_out: list[Prompt], trainer, engines: Engines, precision: Prec
     sampler with these weights."""
     sync_weights(trainer, engines.sampler, FORMATS[precision.wire].storage)
     requests = engines.requests(held_out, seed, "eval", step)[:: engines.samples_per_prompt]
-    rollouts = engines.ranks.spread(requests, engines.sampler.sample)
-    return float(np.mean(engines.ranks.spread(rollouts, lambda share: engines.reward(share, held_out))))
+    rollouts = engines.world.spread(requests, engines.sampler.sample)
+    return float(np.mean(engines.world.spread(rollouts, lambda share: engines.reward(share, held_out))))
 
 
 def _mismatch(step: int, rollouts: list[Rollout], evidence) -> dict:
@@ -245,12 +241,12 @@ def _whole_batch(rollouts, sequences, trainer_logprobs, rewards, algorithm: Algo
     )
 
 
-def _perturbed(whole: MiniBatch, perturb: dict, trainer, ranks: Ranks, seed: int) -> MiniBatch:
+def _perturbed(whole: MiniBatch, perturb: dict, trainer, seed: int) -> MiniBatch:
     """The batch with log-probs changed as the task says, after everything about the real ones was recorded."""
     coarse = None
     if perturb["format"]:
         with trainer.moved_weights(rounder(perturb["format"])):
-            coarse = ranks.spread(whole.sequences, trainer.score)
+            coarse = trainer.score(whole.sequences)
     old, rollout = perturbed(perturb["name"], whole.old_trainer_logprobs, whole.rollout_logprobs, coarse, seed)
     return replace(whole, old_trainer_logprobs=old, rollout_logprobs=rollout)
 
@@ -293,10 +289,10 @@ def _probe(prompts: list[Prompt], engines: Engines, precision: Precision) -> Pro
     they are scored at every sync, so they are few and short."""
     requests = engines.requests(prompts[:NUM_PROBE_PROMPTS], "probe")[:: engines.samples_per_prompt]
     short = [replace(request, max_tokens=MAX_PROBE_TOKENS) for request in requests]
-    sequences = engines.ranks.first(engines.scorable(engines.sampler.sample(short)) if engines.ranks.is_first else None)
+    sequences = engines.world.first(engines.scorable(engines.sampler.sample(short)) if engines.world.is_first else None)
     if not sequences:
         raise UserError("rollout.max_model_len: none of the first problems leaves room for a response of two tokens")
-    return Probe(sequences, precision.coarser, engines.ranks, precision.wire, precision.kv_cache)
+    return Probe(sequences, precision.coarser, engines.world, precision.wire, precision.kv_cache)
 
 
 def _finish(writer: RunWriter, tally: Tally, diverged: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from suite import signals
-from suite.engines.ranks import Ranks
+from suite.engines.world import World
 from suite.machine import environment
 from suite.protocols.session import RANK_ERROR, Session
 from suite.record.run import Run, read_run
@@ -18,13 +18,13 @@ from suite.spec.task import Task
 
 
 def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None = None, fresh: bool = False,
-             progress: Callable[..., None] = lambda *a, **k: None, ranks: Ranks = Ranks()) -> None:
+             progress: Callable[..., None] = lambda *a, **k: None, world: World = World()) -> None:
     """Run every cell that has no finished record yet; the same call again after a kill goes on where it stopped.
 
     Args:
         limit: number of prompts (RL: steps); the runs get keys of their own and are never graded.
         fresh: begin a new attempt for every cell, also where a finished one exists.
-        ranks: that run these cells together.
+        world: the ranks that run these cells together.
     Raises whatever ended a run: UserError and NotRunnable for the user, OSError for a full or read-only disk.
     """
     machine = environment.collect(runs_dir)
@@ -33,20 +33,20 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
 
     def open_cell(cell: Cell) -> RunWriter | Run:
         found = None
-        if ranks.is_first:
+        if world.is_first:
             with signals.held():  # no writer without somebody who closes it
                 found = open_run(runs_dir, task, cell, machine, fingerprint, limit=limit, fresh=fresh, evidence_parts=kind.evidence != "none")
                 opened.append(found)
             if isinstance(found, RunWriter):
                 (found.folder / RANK_ERROR).unlink(missing_ok=True)  # of an attempt whose rank 0 was killed as well
-        return follow(found, ranks)
+        return follow(found, world)
 
     def tell(*done, **more) -> None:
         signals.check()
         progress(*done, **more)
 
     try:
-        importlib.import_module(kind.module).run(cells, Session(task, limit, tell, open_cell, ranks))
+        importlib.import_module(kind.module).run(cells, Session(task, limit, tell, open_cell, world))
     except BaseException as error:
         for writer in opened:
             if isinstance(writer, RunWriter) and writer.is_open:
@@ -54,9 +54,9 @@ def run_task(task: Task, cells: list[Cell], *, runs_dir: Path, limit: int | None
         raise
 
 
-def follow(found: RunWriter | Run | None, ranks: Ranks) -> RunWriter | Run:
+def follow(found: RunWriter | Run | None, world: World) -> RunWriter | Run:
     """What rank 0 opened; on the other ranks the same run, or a writer that keeps everything to itself."""
-    folder, record, metrics, is_open = ranks.first(
+    folder, record, metrics, is_open = world.first(
         (found.folder, found.record, found.metrics, isinstance(found, RunWriter)) if found else None
     )
     if found:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from suite.engines.ranks import PeerLost, Ranks
+from suite.engines.world import PeerLost, World, naming_a_lost_peer
 from suite.files import write_json
 from suite.record.run import Run
 from suite.record.writer import RunWriter, failure
@@ -22,7 +22,7 @@ class Session:
     limit: int | None
     progress: Callable[..., None]
     open_cell: Callable[[Cell], RunWriter | Run]  # a finished Run if the cell is complete, else its writer
-    ranks: Ranks = Ranks()  # that run every cell together
+    world: World = World()  # of the ranks that run every cell together
 
     def run_cell(self, cell: Cell, stage: str, body: Callable[[RunWriter], None]) -> None:
         """Open the record of a cell, unless it is complete, and let `body` finish it. Whatever `body` raises is written
@@ -32,9 +32,10 @@ class Session:
             self.progress(cell.name, 1, 1, "complete already")
             return
         try:
-            body(writer)
+            with naming_a_lost_peer(self.world):
+                body(writer)
         except BaseException as error:
-            if not self.ranks.is_first:
+            if not self.world.is_first:
                 _tell_rank_0(writer, stage, error)
             elif writer.is_open:
                 writer.fail(stage, error)

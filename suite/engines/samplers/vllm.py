@@ -16,6 +16,7 @@ import torch
 
 from suite.engines.batch import Request, Rollout, empty_rollout, response_room
 from suite.engines.samplers.load import weights_format
+from suite.engines.world import ensure_group, keeping_the_group
 from suite.spec.precision import CACHE_FORMATS, FORMATS, NATIVE, dtype_name
 
 IN_PROCESS = {
@@ -45,6 +46,7 @@ class VllmSampler:
             os.environ.setdefault(FP32_DOT, FP32_DOT_EXACT)
         from vllm import LLM
 
+        ensure_group()  # or vLLM makes one of its own kind, without gloo on a GPU
         self._rollout, self._precision, self._stop_token_ids = rollout, precision, list(stop_token_ids)
         self._logits_dtype: torch.dtype | None = None
         arguments = _engine_arguments(rollout, cache_gib, on_gpu)
@@ -183,9 +185,10 @@ class VllmSampler:
     def close(self) -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = self._runner = None
-        cleanup_dist_env_and_memory()
+        with keeping_the_group():  # which is the trainer's too
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = self._runner = None
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 

@@ -1,11 +1,15 @@
-"""The dense trainer: a transformers model, with peft's adapters if asked, whose forward and backward run in one compute dtype, with fp32 masters behind.
+"""The dense trainer: a transformers model, with peft's adapters if asked, whose forward and backward run in one compute
+dtype; its fp32 masters are spread over the ranks by FSDP2 (shards.py), in one process as in many.
 
-Compute parameters are in the compute dtype, as FSDP2 casts them with `param_dtype`; on a CPU the 16-bit products go
-through arithmetic.RoundedProducts. Log-probs are taken in fp32 (scoring.py); steps.py is the gradient step.
+On a CPU the 16-bit products go through arithmetic.RoundedProducts. Log-probs are taken in fp32 (scoring.py); steps.py is the
+gradient step.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -15,65 +19,73 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from suite.engines.arithmetic import arithmetic_for, experts_for, torch_dtype
 from suite.engines.batch import MiniBatch
-from suite.engines.ranks import Ranks
-from suite.engines.trainers.health import ActivationWatch, underflow_share
+from suite.engines.checkpoint import Saved
+from suite.engines.trainers.health import ActivationWatch, whole
 from suite.engines.trainers.lora import add_adapters, merged_weights
 from suite.engines.trainers.loss_scale import LossScaler
-from suite.engines.trainers.masters import MasterWeights
 from suite.engines.trainers.perturb import scale_one
-from suite.engines.trainers.scoring import Scorer, recomputing
+from suite.engines.trainers.scoring import Scorer, plainly, recomputing
+from suite.engines.trainers.shards import Policy, ShardedWeights
 from suite.engines.trainers.steps import DEFAULT_MICRO_BATCH_SIZE, Stepper
+from suite.engines.world import World
 from suite.spec.algorithms import Algorithm
 from suite.spec.precision import Precision, dtype_name
 
 
 class DenseTrainer:
     """One model in one compute dtype. `score` gives log pi in nats, with the batch shape that train.score_batch_size fixes;
-    `update` takes one gradient step, together with the trainers of the other `ranks`. A trainer without train.optimizer only
-    scores, and holds no masters. With train.lora the adapters alone are trained; `seed` draws what they start from.
+    `update` takes one gradient step; both together with the trainers of the other ranks of `world`. A trainer without
+    train.optimizer only scores, and holds no masters. With train.lora the adapters alone are trained; `seed` draws what
+    they start from.
     """
 
     def __init__(self, model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0,
-                 ranks: Ranks = Ranks()):
+                 world: World = World()):
         asked = Precision.of(precision)
         self._train = train
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = world.device
         self._dtype = torch_dtype(asked.train)
         self._can_train = train.get("optimizer") is not None
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=torch.float32 if self._can_train else self._dtype,
             attn_implementation=train.get("attention") or "sdpa", trust_remote_code=False, **experts_for(self._device),
         )  # fmt: skip
-        self._model = model.eval().to(self._device)
+        self._model = model.eval()
         self.arithmetic, self._products = arithmetic_for(self._device, self._dtype)
         self._checkpoint_dtype = _dtype_on_disk(Path(model_path))
         if train.get("perturb"):
             scale_one(dict(self._model.named_parameters()), **train["perturb"], of="parameter of the model")
+        run = plainly
         if self._can_train:
-            if train.get("lora"):
-                add_adapters(self._model, train["lora"], seed)
-            named = dict(self._model.named_parameters())
-            self._frozen = {name: p for name, p in named.items() if not p.requires_grad}  # of a base with adapters
-            for parameter in self._frozen.values():
-                parameter.data = parameter.data.to(self._dtype)
-            trained = {name: p for name, p in named.items() if name not in self._frozen}
-            self.masters = MasterWeights(trained, self._dtype, train["optimizer"], torch_dtype(asked.gradient_reduction))
-            scaling = precision.get("loss_scaling") or {"enabled": False}
-            self.scaler = LossScaler(**scaling)
-            if train.get("gradient_checkpointing"):
-                self._model.gradient_checkpointing_enable(recomputing(self._products))
+            run = self._policy = Policy(self._model)
+            self._prepare_training(asked, precision, seed, world)
+        else:
+            self._model.to(self._device)
         self._scorer = Scorer(
             self._states, self._model.get_output_embeddings(), torch_dtype(asked.trainer_head), self._products, temperature,
-            train["score_batch_size"], self._device, train.get("head_chunk_tokens"),
+            train["score_batch_size"], self._device, train.get("head_chunk_tokens"), world=world, whole=run,
         )  # fmt: skip
         if self._can_train:
             self._stepper = Stepper(
-                self._scorer, self.masters, self.scaler, ActivationWatch(self._model.base_model.layers), self._underflow,
-                ranks, train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE, train.get("grad_clip"),
+                self._scorer, self.masters, self.scaler, ActivationWatch(self._model.base_model.layers),
+                self.masters.underflow_share, world, train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE,
+                train.get("grad_clip"),
             )  # fmt: skip
 
-    def _underflow(self) -> float:
-        return underflow_share(self._model.parameters(), self._model.get_input_embeddings().weight)
+    def _prepare_training(self, asked: Precision, precision: dict, seed: int, world: World) -> None:
+        """Adapters, recomputation, masters over the ranks, loss scaling."""
+        if self._train.get("lora"):
+            add_adapters(self._model, self._train["lora"], seed)
+        for parameter in self._model.parameters():
+            if not parameter.requires_grad:  # of a base with adapters
+                parameter.data = parameter.data.to(self._dtype)
+        if self._train.get("gradient_checkpointing"):
+            self._model.gradient_checkpointing_enable(recomputing(self._products))
+        self.masters = ShardedWeights(
+            self._policy, self._model.base_model.layers, world, self._dtype, self._train["optimizer"],
+            torch_dtype(asked.gradient_reduction),
+        )  # fmt: skip
+        self.scaler = LossScaler(**(precision.get("loss_scaling") or {"enabled": False}))
 
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         return self._scorer.score(sequences)
@@ -99,31 +111,35 @@ class DenseTrainer:
         self._model.eval()
         return report
 
-    def named_weights(self, dtype: torch.dtype):
+    def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) of every parameter as the checkpoint names them, rounded to `dtype` from the fp32 masters; of a
-        model with adapters the merged weights."""
-        masters = self.masters.masters
-        whole = merged_weights(self._model, masters) if self._train.get("lora") else masters.items()
-        rounded = {name: weight.detach().to(dtype) for name, weight in whole}
-        yield from revert_weight_conversion(self._model, rounded).items()  # transformers 5 fuses experts; checkpoints do not
+        model with adapters the merged weights. One is gathered at a time: all ranks must take them, in step."""
+        if self._train.get("lora"):
+            named = ((name, weight.to(dtype)) for name, weight in merged_weights(self._model, whole))
+        else:
+            named = ((name, whole(weight.detach().to(dtype))) for name, weight in self.masters.masters.items())
+        return _as_in_checkpoint(self._model, named)
 
     def moved_weights(self, move):
-        """Inside the context the masters, and a frozen base, are changed by `move(named weights)`; afterwards they are what
-        they were."""
-        return self.masters.moved(move, self._frozen)
+        """Inside the context the masters, and a frozen base, are changed by `move(named parts of this rank)`; afterwards they
+        are what they were."""
+        return self.masters.moved(move)
 
-    def state_dict(self) -> dict:
-        return {"masters": self.masters.state_dict(), "scaler": self.scaler.state_dict()}
+    def held(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """(tensors, numbers) that a checkpoint holds."""
+        tensors, numbers = self.masters.held()
+        return tensors, numbers | {"scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.masters.load_state_dict(state["masters"])
-        self.scaler.load_state_dict(state["scaler"])
+    def take_over(self, saved: Saved) -> None:
+        """Go on from a checkpoint, whatever number of ranks wrote it."""
+        self.masters.take_over(saved)
+        self.scaler.load_state_dict(saved.numbers["scaler"])
 
     def executed(self) -> dict[str, str]:
         """Dtypes of the live tensors; `optimizer_state` and `gradient_reduction` once a step was taken."""
         points = {
             "checkpoint": self._checkpoint_dtype,
-            "compute": _dtypes(self._model.parameters()),
+            "compute": "not scored yet" if self._can_train else _dtypes(self._model.parameters()),
             "trainer_head": dtype_name(self._scorer.logits_dtype) if self._scorer.logits_dtype else "not scored yet",
             "arithmetic": self.arithmetic,
             "trainer_attention": self._model.config._attn_implementation,
@@ -136,7 +152,21 @@ class DenseTrainer:
 
     def close(self) -> None:
         """Give the memory of model, masters and optimizer back."""
-        self._model = self.masters = self._scorer = self._stepper = None
+        self._model = self._policy = self.masters = self._scorer = self._stepper = None
+
+
+LAYER = re.compile(r".*?layers\.\d+\.")
+
+
+def _as_in_checkpoint(model: torch.nn.Module, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights under the names of the checkpoint. transformers 5 fuses experts of a layer, which checkpoints keep apart:
+    such a model comes a layer at a time, others a tensor at a time."""
+    def unit(pair):
+        layer = LAYER.match(pair[0]) if model._weight_conversions else None
+        return layer[0] if layer else pair[0]
+
+    for _, together in groupby(named, key=unit):
+        yield from revert_weight_conversion(model, dict(together)).items()
 
 
 def _dtypes(tensors) -> str:

@@ -47,6 +47,11 @@ def underflow_share(parameters: Iterable[torch.nn.Parameter], embedding: torch.T
     return float(lost) / max(1, sum(g.numel() for g in gradients))
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is spread over the ranks, gathered; every rank must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def layer_groups(names: Iterable[str]) -> dict[str, str]:
     """{parameter: the metric of its group}: embedding (a head that shares its weight included), decoder layers by thirds
     of their number, and head, which is all behind the last layer. Of L layers the i-th, from 0, is in third 3 i / L."""
@@ -69,4 +74,4 @@ def group_norms(parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
     for name, parameter in parameters.items():
         if parameter.grad is not None:
             gradients.setdefault(group_of[name], []).append(parameter.grad)
-    return {group: torch.nn.utils.get_total_norm(gradients[group]).item() for group in GROUPS if group in gradients}
+    return {group: whole(torch.nn.utils.get_total_norm(gradients[group])).item() for group in GROUPS if group in gradients}

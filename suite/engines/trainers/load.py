@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from suite.engines.ranks import Ranks
+from suite.engines.world import World
 
 
 class Trainer(Protocol):
@@ -26,11 +26,11 @@ class Trainer(Protocol):
 
 
 def load_trainer(model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0,
-                 ranks: Ranks = Ranks()) -> Trainer:
+                 world: World = World()) -> Trainer:
     """The trainer that `train` (a resolved settings section) asks for; `seed` draws weights that no checkpoint holds, and
-    its gradient steps are taken together with the other `ranks`."""
+    its gradient steps are taken together with the other ranks of `world`."""
     if train["engine"] == "moe":
         from suite.engines.trainers.moe import MoeTrainer as trainer
     else:
         from suite.engines.trainers.dense import DenseTrainer as trainer
-    return trainer(model_path, train, precision, temperature, seed, ranks)
+    return trainer(model_path, train, precision, temperature, seed, world)

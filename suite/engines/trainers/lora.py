@@ -9,7 +9,7 @@ drifts (TRL issue 6688). What stays is one rounding of W' to the wire, which the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -41,15 +41,17 @@ def add_adapters(model: nn.Module, lora: dict, seed: int) -> None:
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
 
 
-def merged_weights(model: nn.Module, masters: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, fp32 tensor) of every weight of the base, with the update of its adapter where it has one."""
+@torch.no_grad()
+def merged_weights(model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, fp32 tensor) of every weight of the base, with the update of its adapter where it has one; one at a
+    time. whole: gathers a weight that is spread over ranks."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        if name in masters:
-            continue
         layer, is_adapted, rest = name.partition(".base_layer.")
-        weight = parameter.detach().float()
+        if ".lora_" in name:
+            continue
+        weight = whole(parameter.detach()).float()
         if is_adapted and rest == "weight":
-            a, b = (masters[f"{layer}.lora_{part}.{ADAPTER}.weight"].detach() for part in "AB")  # (r, in), (out, r)
+            a, b = (whole(getattr(modules[layer], f"lora_{part}")[ADAPTER].weight.detach()) for part in "AB")  # (r, in), (out, r)
             weight = weight + modules[layer].scaling[ADAPTER] * (b @ a)
         yield f"{layer}.{rest}" if is_adapted else name, weight

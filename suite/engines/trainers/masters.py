@@ -10,15 +10,15 @@ the compute dtype, as DeepSpeed does in OAT: every addition is then rounded, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
 
-from suite.engines.trainers.health import group_norms
+from suite.engines.checkpoint import Saved
 from suite.engines.trainers.loss_scale import LossScaler
-from suite.spec.learning_rate import learning_rate
+from suite.engines.trainers.optimizer import held, new_adamw, take_over, take_step
+from suite.engines.world import ReplicaError, World
 from suite.spec.precision import dtype_name
 
 
@@ -26,10 +26,10 @@ class MasterWeights:
     """Masters, gradients and optimizer state of a list of compute parameters; all fp32, on the parameters' device."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], dtype: torch.dtype, optimizer: dict,
-                 sum_dtype: torch.dtype = torch.float32):
+                 sum_dtype: torch.dtype = torch.float32, world: World = World()):
         """Takes fp32 parameters by name, keeps their values as masters, and turns the parameters into `dtype` ones; their
-        gradients are summed in `sum_dtype`, which is fp32 or `dtype`."""
-        self.compute, self.masters = parameters, {}
+        gradients are summed in `sum_dtype`, which is fp32 or `dtype`, and over the ranks of `world`, which hold the same."""
+        self.compute, self.masters, self._world = parameters, {}, world
         self._sums: dict[str, torch.Tensor] | None = None if sum_dtype == torch.float32 else {}
         for name, parameter in parameters.items():
             if dtype == torch.float32:
@@ -37,10 +37,7 @@ class MasterWeights:
             else:
                 self.masters[name] = torch.nn.Parameter(parameter.detach().clone())
                 parameter.data = parameter.data.to(dtype)
-        self.optimizer = torch.optim.AdamW(
-            self.masters.values(), lr=optimizer["lr"], betas=tuple(optimizer["betas"]), eps=optimizer["eps"],
-            weight_decay=optimizer["weight_decay"], fused=True,
-        )  # fmt: skip
+        self.optimizer = new_adamw(self.masters, optimizer)
         self.gradient_dtypes: set[str] = set()  # of the gradients that the last step summed and clipped
         self._settings = optimizer
 
@@ -67,38 +64,31 @@ class MasterWeights:
                 master.grad = torch.zeros_like(master)
         return [master.grad for master in self.masters.values()]
 
-    def step(self, scaler: LossScaler, grad_clip: float | None) -> dict[str, float]:
-        """Unscale, check, clip, update, round. A step with a gradient that is not finite is skipped and counted.
+    def expect(self, is_last: bool) -> None:
+        """Whether the next micro-batch is the last one of its step makes no difference here."""
 
-        Returns grad_norm (before clipping; nan for a skipped step), its parts by layer (of a step that was taken),
-        learning_rate (of this update, taken or skipped), loss_scale (that the gradients were made with), step_skipped (0
-        or 1) and the headroom of the scaled gradients.
-        """
-        masters = list(self.masters.values())
-        loss_scale = scaler.scale_value
+    def step(self, scaler: LossScaler, grad_clip: float | None) -> dict[str, float]:
+        """Add up over the ranks; unscale, check, clip, update (optimizer.take_step); round. Raises ReplicaError if the ranks
+        took different steps."""
+        self._world.add_up(self.gradients() if self._world.size > 1 else [])
         summed = self._sums if self._sums is not None else {}
         for name, total in summed.items():
             self.masters[name].grad = total.float()
-        sums = summed.values() or [master.grad for master in masters if master.grad is not None]
+        sums = summed.values() or [master.grad for master in self.masters.values() if master.grad is not None]
         self.gradient_dtypes = {dtype_name(total.dtype) for total in sums}
-        skipped = scaler.unscale_and_check(masters)
-        norm = math.nan
-        by_group = group_norms(self.masters)
-        if not skipped:
-            norm = torch.nn.utils.clip_grad_norm_(masters, grad_clip or math.inf).item()
-            skipped = not math.isfinite(norm)  # finite elements whose norm overflows: clipping would make them zero
-        rate = learning_rate(self._settings, scaler.num_steps - scaler.num_skipped)
-        if not skipped:
-            self.optimizer.param_groups[0]["lr"] = rate
-            self.optimizer.step()
+        report = take_step(self.masters, self.optimizer, self._settings, scaler, grad_clip)
+        if not report["step_skipped"]:
             self.round()
-        for master in masters:
-            master.grad = None
         summed.clear()
-        largest = scaler.max_abs_scaled_grad
-        scaler.update(skipped)
-        return {"grad_norm": norm, "learning_rate": rate, "loss_scale": loss_scale, "step_skipped": int(skipped),
-                "grad_scaled_max_abs": largest} | ({} if skipped else by_group)  # fmt: skip
+        if self._world.size > 1:
+            self._check_replicas(report["grad_norm"])
+        return report
+
+    def _check_replicas(self, grad_norm: float) -> None:
+        checksum = sum(master.detach().double().sum().item() for master in self.masters.values())
+        found = {repr(pair) for pair in self._world.gather((grad_norm, checksum))}
+        if len(found) > 1:
+            raise ReplicaError(f"the trainers of the ranks have come apart: (gradient norm, sum of weights) {', '.join(sorted(found))}")
 
     @torch.no_grad()
     def round(self) -> None:
@@ -131,14 +121,11 @@ class MasterWeights:
         points |= {"gradient_reduction": "+".join(sorted(self.gradient_dtypes))} if self.gradient_dtypes else {}
         return points
 
-    def state_dict(self) -> dict:
-        return {"masters": {n: m.detach() for n, m in self.masters.items()}, "optimizer": self.optimizer.state_dict()}
+    def held(self) -> tuple[dict[str, torch.Tensor], dict]:
+        return held(self.masters, self.optimizer)
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        for name, master in self.masters.items():
-            master.copy_(state["masters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def take_over(self, saved: Saved) -> None:
+        take_over(self.masters, self.optimizer, saved)
         self.round()
 
 

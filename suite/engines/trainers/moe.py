@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from suite.engines.arithmetic import arithmetic_for, torch_dtype
 from suite.engines.batch import MiniBatch, pad_sequences
-from suite.engines.ranks import Ranks
+from suite.engines.checkpoint import Saved
 from suite.engines.trainers.health import ActivationWatch, underflow_share
 from suite.engines.trainers.loss_scale import LossScaler
 from suite.engines.trainers.masters import MasterWeights
@@ -25,6 +25,7 @@ from suite.engines.trainers.megatron_names import parted, read_shape, read_weigh
 from suite.engines.trainers.perturb import scale_one
 from suite.engines.trainers.scoring import Scorer, by_length, recomputing
 from suite.engines.trainers.steps import DEFAULT_MICRO_BATCH_SIZE, Stepper
+from suite.engines.world import World
 from suite.errors import UserError
 from suite.measure.routing import RouteBook
 from suite.spec.algorithms import Algorithm
@@ -42,7 +43,7 @@ class MoeTrainer:
     """One model in one compute dtype. A trainer without train.optimizer only scores, and holds no masters."""
 
     def __init__(self, model_path: Path, train: dict, precision: dict, temperature: float, seed: int = 0,
-                 ranks: Ranks = Ranks()):
+                 world: World = World()):
         if train.get("lora"):
             raise UserError("train.lora: found adapters, allowed with train.engine moe: nothing")
         if train.get("attention") not in (None, "sdpa"):
@@ -62,19 +63,19 @@ class MoeTrainer:
             _recompute_layers(self._model, products)
         if self._can_train:
             self.masters = MasterWeights(
-                dict(self._model.named_parameters()), self._dtype, train["optimizer"], torch_dtype(asked.gradient_reduction)
+                dict(self._model.named_parameters()), self._dtype, train["optimizer"], torch_dtype(asked.gradient_reduction), world
             )
             self.scaler = LossScaler(**(precision.get("loss_scaling") or {"enabled": False}))
         self._model.train(self._can_train)
         self._book = RouteBook()
         self._scorer = Scorer(
             self._states, _head(self._model), torch_dtype(asked.trainer_head), products, temperature,
-            train["score_batch_size"], self._device, train.get("head_chunk_tokens"),
+            train["score_batch_size"], self._device, train.get("head_chunk_tokens"), world=world,
         )  # fmt: skip
         if self._can_train:
             self._stepper = Stepper(
                 self._scorer, self.masters, self.scaler, ActivationWatch(self._model.decoder.layers), self._underflow,
-                ranks, train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE, train.get("grad_clip"),
+                world, train.get("micro_batch_size") or DEFAULT_MICRO_BATCH_SIZE, train.get("grad_clip"),
             )  # fmt: skip
 
     @torch.no_grad()
@@ -167,12 +168,15 @@ class MoeTrainer:
         """Inside the context the masters are changed by `move(named weights)`; afterwards they are what they were."""
         return self.masters.moved(move, {})
 
-    def state_dict(self) -> dict:
-        return {"masters": self.masters.state_dict(), "scaler": self.scaler.state_dict()}
+    def held(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """(tensors, numbers) that a checkpoint holds."""
+        tensors, numbers = self.masters.held()
+        return tensors, numbers | {"scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.masters.load_state_dict(state["masters"])
-        self.scaler.load_state_dict(state["scaler"])
+    def take_over(self, saved: Saved) -> None:
+        """Go on from a checkpoint."""
+        self.masters.take_over(saved)
+        self.scaler.load_state_dict(saved.numbers["scaler"])
 
     def executed(self) -> dict[str, str]:
         """Dtypes of the live tensors; `optimizer_state` and `gradient_reduction` once a step was taken."""

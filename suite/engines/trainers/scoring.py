@@ -14,9 +14,16 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from suite.engines.batch import pad_sequences
+from suite.engines.world import World
 from suite.spec.defaults import default
 
 DEFAULT_HEAD_CHUNK_LOGITS = default("constants.head_chunk_logits")
+NOTHING = ([0], 1)  # a sequence without a response
+
+
+def plainly(work: Callable, *args):
+    """Run a function of a model that lies whole on this device."""
+    return work(*args)
 
 
 @dataclass
@@ -32,9 +39,12 @@ class Scorer:
     device: torch.device
     head_chunk_tokens: int | None = None
     logits_dtype: torch.dtype | None = None  # as seen in the last product of the head
+    world: World = World()  # whose ranks share the forwards of a scoring pass
+    whole: Callable = plainly  # how a function of the model is run: a model that is spread over ranks is gathered for it
 
     def score(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
-        """log pi of each response token, teacher-forced: (token_ids, num_prompt_tokens) -> (T_response,) float32 each."""
+        """log pi of each response token, teacher-forced: (token_ids, num_prompt_tokens) -> (T_response,) float32 each. All
+        ranks call it with the same sequences and get all results, which do not depend on how many ranks there are."""
         return self._score(sequences, self._logprobs)
 
     def score_and_entropy(self, sequences: list[tuple[list[int], int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -47,16 +57,20 @@ class Scorer:
         both = self._score(sequences, self._logprobs_and_argmax)
         return [one[0] for one in both], [one[1].astype(np.int64) for one in both]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(self, sequences: list[tuple[list[int], int]], chunk) -> list[np.ndarray]:
         order = by_length(sequences)
-        scores: list[np.ndarray | None] = [None] * len(sequences)
+        batches = [order[start : start + self.num_rows] for start in range(0, len(order), self.num_rows)]
+        scores: dict[int, np.ndarray] = {}
         with self.products():
-            for start in range(0, len(order), self.num_rows):
-                batch = order[start : start + self.num_rows]
-                for index, score in zip(batch, self._score_batch([sequences[i] for i in batch], chunk), strict=True):
-                    scores[index] = score
-        return scores
+            for number in self.world.deal([padded_tokens(sequences, batch) for batch in batches]):
+                if number is None:
+                    self._score_batch([NOTHING], chunk)
+                    continue
+                batch = batches[number]
+                scores |= zip(batch, self._score_batch([sequences[i] for i in batch], chunk), strict=True)
+        everything = {index: score for part in self.world.gather(scores) for index, score in part.items()}
+        return [everything[index] for index in range(len(sequences))]
 
     def _score_batch(self, sequences: list[tuple[list[int], int]], chunk) -> list[np.ndarray]:
         padded = pad_sequences(sequences, self.num_rows)
@@ -66,15 +80,19 @@ class Scorer:
         counts = [len(tokens) - num_prompt for tokens, num_prompt in sequences]
         return np.split(scores, np.cumsum(counts)[:-1], axis=-1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def distributions(self, sequences: list[tuple[list[int], int]]) -> list[np.ndarray]:
         """log pi of the whole vocabulary at every response position: (T_response, V) float32 nats each; small V only."""
         full = []
         with self.products():
             for tokens, num_prompt in sequences:
-                hidden = self.states(torch.tensor([tokens], device=self.device))[0, num_prompt - 1 : -1]
-                full.append(torch.log_softmax(self._logits(hidden), -1).cpu().numpy())
+                token_ids = torch.tensor([tokens], device=self.device)
+                full.append(self.whole(self._distribution, token_ids, num_prompt).cpu().numpy())
         return full
+
+    def _distribution(self, token_ids: torch.Tensor, num_prompt: int) -> torch.Tensor:
+        """(1, T) ids -> (T_response, V) float32 log pi of what may stand in the place of each response token."""
+        return torch.log_softmax(self._logits(self.states(token_ids)[0, num_prompt - 1 : -1]), -1)
 
     def response_logprobs(self, token_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """(B, T) ids and mask -> (N,) float32 log-probs of the masked tokens, row by row; with gradients."""
@@ -82,6 +100,9 @@ class Scorer:
 
     def _over_response(self, token_ids: torch.Tensor, wanted: torch.Tensor, chunk) -> torch.Tensor:
         """(B, T) ids and mask -> (..., N) float32: what `chunk` makes of the masked tokens, row by row."""
+        return self.whole(self._of_response, token_ids, wanted, chunk)
+
+    def _of_response(self, token_ids: torch.Tensor, wanted: torch.Tensor, chunk) -> torch.Tensor:
         before = self.states(token_ids)[:, :-1][wanted[:, 1:]]  # (N, H): the states that predict the response tokens
         return self._in_chunks(before, token_ids[wanted], chunk)
 
@@ -121,6 +142,11 @@ class Scorer:
 def by_length(sequences: list[tuple[list[int], int]]) -> list[int]:
     """Indices of the sequences from the shortest to the longest; of equal ones in the given order."""
     return sorted(range(len(sequences)), key=lambda i: (len(sequences[i][0]), i))
+
+
+def padded_tokens(sequences: list[tuple[list[int], int]], rows: list[int]) -> int:
+    """What a forward of these rows costs: rows x the longest of them."""
+    return len(rows) * max(len(sequences[i][0]) for i in rows)
 
 
 def recomputing(products) -> dict:
