@@ -9,6 +9,7 @@ import numpy as np
 
 from suite.measure.mismatch import prompt_sums
 from suite.record.run import Run
+from suite.record.schema import new_record
 from suite.spec.plan import plan
 from suite.spec.precision import ALWAYS_FP32, CONTRACT, Precision
 from suite.spec.task import Task, load_task
@@ -118,24 +119,9 @@ def run_of(
         "seed": seed,
         "is_control": cell.is_control,
     }
-    record = {
-        "schema": 1,
-        "status": status,
-        "task": {"id": task.id, "version": task.version, "grade_version": task.grade_version, "text": ""},
-        "cell": where | {"settings": cell.settings},
-        "run_key": cell.run_key(),
-        "limit": None,
-        "environment": {"os": "test"},
-        "fingerprint": FINGERPRINT,
-        "precision_asked": asked,
-        "precision_executed": ran,
-        "counts": {},
-        "series_summary": {},
-        "timings": {},
-        "error": None,
-        "started_utc": "2026-01-01T00:00:00Z",
-        "finished_utc": None,
-    }
+    where |= {"settings": cell.settings, "defaults": dict(cell.defaults)}
+    known = {"status": status, "precision_executed": ran, "started_utc": "2026-01-01T00:00:00Z"}
+    record = new_record(task, where, cell.run_key(), environment={"os": "test"}, fingerprint=FINGERPRINT, **known)
     return Run(Path("nowhere"), record | changes, list(metrics), summary)
 
 

@@ -37,7 +37,8 @@ from suite.door import (
 from suite.errors import UserError
 from suite.files import sha256_file
 from suite.measure.mismatch import COUNTS, PROMPT_SUM_COLUMNS, SAMPLED_COLUMNS, is_scored
-from suite.record.run import RECORD_SCHEMA, Run
+from suite.record.run import Run
+from suite.record.schema import RECORD_SCHEMA
 
 MANIFEST, VERDICT, RECORD = "MANIFEST.sha256", "verdict.json", "record.json"
 METRICS, SUMMARY, POINTS = "metrics.jsonl.gz", "evidence_summary.parquet", "plot_points.parquet"

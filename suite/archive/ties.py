@@ -65,7 +65,7 @@ def _own_key(run: Run) -> Iterator[str]:
     """The run key follows from the record's own settings."""
     cell, key, task = run.record["cell"], run.record["run_key"], run.record["task"]
     own = Cell(task["id"], task["version"], run.arm, tuple(run.point.items()), run.seed, cell["settings"], run.is_control,
-               tuple(cell.get("defaults", {}).items()))  # fmt: skip
+               tuple((cell.get("defaults") or {}).items()))  # fmt: skip
     if own.run_key(run.record["limit"]) != key:
         yield f"run_key: found {key[:12]}, its settings give {own.run_key(run.record['limit'])[:12]}"
 

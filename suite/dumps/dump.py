@@ -49,7 +49,8 @@ from suite.dumps.signs import NOTE, Copies, Flaw, LaunchSigns
 from suite.errors import TaskError, UserError
 from suite.files import sha256_file
 from suite.measure.mismatch import concat_sums, estimates, prompt_sums, token_statistics
-from suite.record.run import RECORD_SCHEMA, Run
+from suite.record.run import Run
+from suite.record.schema import new_record
 from suite.spec.kinds import KINDS, kind_of
 from suite.spec.task import Task, axis_label
 
@@ -283,37 +284,14 @@ def _run(task: Task, path: Path, evidence: dict, key: tuple, cell: Launch) -> Ru
         "num_rollouts": int(summary["num_rollouts"].sum()),
         "num_response_tokens": int(summary["num_response_tokens"].sum()),
     }
-    record = {
-        "schema": RECORD_SCHEMA,
-        "status": "success",
-        "task": {
-            "id": task.id,
-            "version": task.version,
-            "grade_version": task.grade_version,
-            "text": task.text,
-        },
-        "cell": {
-            "name": name,
-            "arm": arm,
-            "point": point,
-            "seed": seed,
-            "settings": {},
-            "is_control": arm in {control.name for control in task.controls},
-        },
-        "run_key": hashlib.sha256(f"{evidence['sha256']} {name}".encode()).hexdigest(),
-        "limit": None,
-        "evidence_parts": False,
-        "environment": {"evidence": evidence},
-        "fingerprint": f"evidence-{evidence['sha256'][:12]}",
-        "precision_asked": {},
-        "precision_executed": {},
-        "counts": counts,
-        "series_summary": series,
-        "timings": {},
-        "error": None,
-        "started_utc": None,
-        "finished_utc": None,
-    }
+    cell_part = {
+        "name": name, "arm": arm, "point": point, "seed": seed, "settings": {},
+        "is_control": arm in {control.name for control in task.controls},
+    }  # fmt: skip
+    record = new_record(
+        task, cell_part, hashlib.sha256(f"{evidence['sha256']} {name}".encode()).hexdigest(), status="success", counts=counts,
+        series_summary=series, environment={"evidence": evidence}, fingerprint=f"evidence-{evidence['sha256'][:12]}",
+    )  # fmt: skip
     return Run(path, record, [{"step": 0, **counts, **series}], summary)
 
 

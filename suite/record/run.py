@@ -17,23 +17,21 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
-from typing_extensions import NotRequired, TypedDict
 
 from suite.door import MIB, FileError, open_file, read_bytes, read_json, read_parquet, typed, unzip, whatever_fails
 from suite.errors import DataError
-from suite.files import FOLDER_NAME, json_safe
+from suite.files import json_safe
 from suite.record.lines import Line, read_lines
 from suite.record.manifest import NAME as MANIFEST
 from suite.record.manifest import check_manifest
+from suite.record.schema import Record, Status
 
-RECORD_SCHEMA = 1
-STATUSES = ("planned", "running", "success", "diverged", "failed", "killed", "invalidated")
+STATUSES: tuple[str, ...] = get_args(Status)
 FINISHED = ("success", "diverged")
 LOCK_NAME = "running.lock"
 BESIDES = (LOCK_NAME, "checkpoint")  # in a run folder, and no part of the record
@@ -57,42 +55,6 @@ EVIDENCE_SCHEMA = pa.schema(
         ("trainer_entropies", pa.list_(pa.float32())),  # entropy of pi where each response token was drawn, nats; or null
     ]
 )
-
-FolderName = Annotated[str, Field(pattern=f"^{FOLDER_NAME.pattern}$")]
-Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class CellShape(TypedDict):
-    name: FolderName
-    arm: FolderName
-    point: dict[str, Any]
-    seed: int
-    is_control: bool
-    settings: dict[str, Any]
-    defaults: NotRequired[dict[str, Any]]  # of the settings, what the task does not say (spec/defaults.py)
-
-
-class TaskShape(TypedDict):
-    id: FolderName
-    version: int
-    grade_version: int
-
-
-class RecordShape(TypedDict):
-    """The entries of record.json that readers rely on; there are more."""
-
-    status: Literal["planned", "running", "success", "diverged", "failed", "killed", "invalidated"]
-    task: TaskShape
-    cell: CellShape
-    run_key: Hash
-    limit: int | None
-    fingerprint: FolderName
-    environment: dict[str, Any]
-    precision_asked: dict[str, Any]
-    precision_executed: dict[str, str]
-    counts: dict[str, Any]
-    series_summary: dict[str, Any]
-    timings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -122,7 +84,7 @@ def read_record(folder: Path) -> tuple[dict, bool]:
     """(record.json without its own hash, whether it had one: older runs have none). FileError where it cannot be used or
     its hash does not fit."""
     path = folder / "record.json"
-    record = typed(read_json(path), RecordShape, path)
+    record = typed(read_json(path), Record, path)
     is_sealed = SEAL in record
     if is_sealed and record.pop(SEAL) != record_seal(record):
         raise FileError(path, SEAL, "a hash that the record does not fit", "the record as it was written")

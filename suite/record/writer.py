@@ -32,7 +32,6 @@ from suite.record.run import (
     FINISHED,
     LOCK_NAME,
     MANIFEST,
-    RECORD_SCHEMA,
     SEAL,
     STATUSES,
     Run,
@@ -43,6 +42,7 @@ from suite.record.run import (
     read_run,
     record_seal,
 )  # fmt: skip
+from suite.record.schema import new_record
 
 PART = re.compile(r"\.?part-(\d{5,})\.parquet(\.tmp)?")
 
@@ -289,7 +289,10 @@ def open_run(runs_root: Path, task, cell, environment: dict, fingerprint: str, *
     (folder / "evidence").mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
     found = _Attempt.at(folder, key)
-    record = found.record or _new_record(task, cell, key, limit, evidence_parts)
+    said = {name: getattr(cell, name) for name in ("name", "arm", "seed", "is_control", "settings")}
+    said |= {"point": dict(cell.point), "defaults": dict(cell.defaults)}
+    record = found.record or new_record(task, said, key, limit=limit, evidence_parts=evidence_parts, started_utc=_utc_now(),
+                                        environment=environment, fingerprint=fingerprint)  # fmt: skip
     if record.get("environment") not in (None, environment):  # resumed by another checkout or with other packages
         record["earlier_environments"] = [*record.get("earlier_environments", []), record["environment"]]
     record |= {"status": "running", "environment": environment, "fingerprint": fingerprint, "error": None}
@@ -344,25 +347,6 @@ def _lock(folder: Path):
         lock.close()
         raise UserError(f"{folder}: another process is running this cell; wait for it or choose another --runs-dir") from None
     return lock
-
-
-def _new_record(task, cell, key: str, limit: int | None, evidence_parts: bool) -> dict:
-    return {
-        "schema": RECORD_SCHEMA,
-        "task": {"id": task.id, "version": task.version, "grade_version": task.grade_version, "text": task.text},
-        "cell": {"name": cell.name, "arm": cell.arm, "point": dict(cell.point), "seed": cell.seed,
-                 "is_control": cell.is_control, "settings": cell.settings, "defaults": dict(cell.defaults)},
-        "run_key": key,
-        "limit": limit,
-        "evidence_parts": evidence_parts,
-        "precision_asked": dict(cell.settings.get("precision") or {}),
-        "precision_executed": {},
-        "counts": {},
-        "series_summary": {},
-        "timings": {},
-        "started_utc": _utc_now(),
-        "finished_utc": None,
-    }
 
 
 def _utc_now() -> str:
