@@ -392,6 +392,26 @@ def test_a_reader_that_went_away_is_no_failure(words):
         assert child.wait() == 141 and said == b""
 
 
+CLOSED = """
+import os, sys
+for stream in map(int, sys.argv[1]):
+    os.close(stream)
+os.execv(sys.executable, [sys.executable, "-m", "suite", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("streams", ["1", "12", "012"])
+def test_a_standard_stream_that_is_closed_is_no_failure_and_gets_no_file(streams):
+    done = subprocess.run([sys.executable, "-c", CLOSED, streams, "list"], cwd=REPO, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_a_standard_output_that_is_full_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "suite", "list"], cwd=REPO, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 11 and done.stderr == "suite list: cannot write to the standard output: No space left on device\n"
+
+
 def test_a_current_folder_that_went_away_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

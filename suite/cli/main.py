@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return its exit code. Only here are errors turned into messages; a bug keeps its traceback and
     exits 11.
     """
+    _fill_closed_streams()
     args = build_parser().parse_args(argv)
     with signals.listening():
         try:
@@ -47,6 +48,16 @@ def main(argv: list[str] | None = None) -> int:
             return _ended_by(args, problem)
 
 
+def _fill_closed_streams() -> None:
+    """Where a caller closed a standard stream, the next file would be opened in its place and get what is printed."""
+    while (free := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(free)
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
 def _ended_by(args: argparse.Namespace, problem: BaseException) -> int:
     """Say what ended the verb, and give its exit code."""
     number = signals.heard() or (signal.SIGINT if isinstance(problem, KeyboardInterrupt) else None)
@@ -55,7 +66,7 @@ def _ended_by(args: argparse.Namespace, problem: BaseException) -> int:
         return _end(args, 128 + number, "ERROR")
     left = isinstance(problem, SystemExit) and isinstance(problem.__context__, BrokenPipeError)  # so rich puts it
     if left or isinstance(problem, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a reader such as `head` has gone
+        _print_nowhere()  # a reader such as `head` has gone
         return EXIT_BROKEN_PIPE
     if isinstance(problem, UserError):
         _say(f"suite {args.verb}: {problem}")
@@ -75,11 +86,27 @@ def _ended_by(args: argparse.Namespace, problem: BaseException) -> int:
     return _end(args, EXIT_ERROR, "ERROR")
 
 
+def _print_nowhere() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_is_broken() -> bool:
+    """Whether what was printed cannot be written, as on a full disk."""
+    try:
+        print(flush=True)  # what could not be written before is gone by now, so a flush alone may succeed
+    except OSError:
+        _print_nowhere()
+        return True
+    return False
+
+
 def _of_a_disk(problem: Exception) -> str | None:
     """What to say of a disk that is full or read-only, a missing right, or a folder that went away; None of other errors,
     whose traceback is wanted."""
     if not isinstance(problem, OSError):
         return None
+    if problem.filename is None and _output_is_broken():
+        return f"cannot write to the standard output: {problem.strerror or problem}"
     notes = "".join(f"; {note}" for note in getattr(problem, "__notes__", ()))
     if problem.errno == errno.ENOENT and problem.filename and not Path(problem.filename).parent.exists():
         return f"cannot use {problem.filename}: its folder has gone{notes}"
