@@ -68,6 +68,17 @@ def test_what_was_just_published_verifies(repo, capsys):
     assert report_verbs.verify("desk-tiny", repo / "results") == 0
 
 
+def test_the_page_of_a_published_task_has_its_place_and_no_other_page_has(repo):
+    folder = repo / "results" / "pages"
+    folder.mkdir(exist_ok=True)
+    (folder / "desk-tiny.html").write_text("a page, which `report --check` compares")
+    assert report_verbs.verify(None, repo / "results") == 0
+    for name in ("desk-other.html", "desk-tiny.htm", "desk-tiny", "bench.html"):
+        (folder / name).write_text("x")
+        assert report_verbs.verify(None, repo / "results") == 1, name
+        (folder / name).unlink()
+
+
 def test_nothing_published_is_exit_14(repo):
     assert report_verbs.verify("no-such-task", repo / "results") == 14
     shutil.rmtree(repo / "results")

