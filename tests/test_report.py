@@ -537,7 +537,7 @@ def test_a_finding_answers_from_the_verdicts_of_its_claims_and_says_where_none_i
         row(**shown, claim_id="C36-tis-rescues", verdict="INCONCLUSIVE", estimate=None, interval=None),
         row(task="desk-lora", claim_id="C20-bf16-collapses", verdict="PASS", fingerprint=None),
     ]
-    cause, rescue, bf16 = findings(rows_)[1:4]
+    cause, rescue, bf16 = findings(rows_)[2:5]
     assert cause.answer == "yes; no: also without it" and "1 [0.55, 1]" in cause.numbers and cause.tasks == ("desk-collapse",)
     assert (rescue.answer, rescue.numbers) == ("undecided", "")
     assert bf16.answer == NOT_YET, "a claim that nobody ran answers nothing"

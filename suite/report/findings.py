@@ -40,6 +40,11 @@ QUESTIONS: tuple[tuple[str, tuple[Asked, ...]], ...] = (
         Asked("desk-offline-mismatch", "C1-k3-ratio", "k3 in bf16 / fp16"),
         Asked("desk-offline-mismatch", "C3-prob-diff-ratio", "mean abs(pi - mu) in bf16 / fp16"),
     )),
+    ("Does it do so in a mixture of experts, where the engines also choose other experts?", (
+        Asked("desk-moe-offline", "C1-k3-ratio", "k3 in bf16 / fp16"),
+        Asked("desk-moe-offline", "C22-routing-ratio", "other experts in bf16 / fp16"),
+        Asked("desk-moe-offline", "C22-replay-precision-k3-ratio", "k3 in bf16 / fp16 where the trainer follows the sampler's experts"),
+    )),
     ("Does the mismatch itself, without 16-bit training, make training collapse?", (
         Asked("desk-collapse", "C36-coarse-sampler-collapses", "share of launches that collapse with a coarse sampler"),
         Asked("desk-collapse", "C36-without-mismatch-stable", "and with an exact one", "none without it", "no: also without it"),
