@@ -27,6 +27,7 @@ def test_vllm_forms_logits_in_fp32_and_its_head_follows_the_trainer(tmp_path, ti
         sequences = as_sequences(sampler.sample(some_requests(6)))
         trainer.score(sequences)
         executed = sampler.executed() | trainer.executed()
+        assert executed["sampler_runner"].endswith("ModelRunner") and executed["sampler_fp32_dot"]
         assert executed["rollout_logits"] == "fp32" == executed["trainer_head"] and executed["rollout_weights"] == "bf16"
         assert contract_breaches(BOTH, {name: executed[name] for name in ("rollout_logits", "trainer_head", "rollout_weights")}) == []
         sync_weights(trainer, sampler, "bf16")

@@ -87,6 +87,7 @@ def test_a_run_records_every_step_with_both_log_probs(straight):
     assert evidence.num_rows == NUM_STEPS * 16
     assert straight.record["precision_executed"]["wire"] == "fp16"
     assert straight.record["precision_executed"]["optimizer_state"] == "fp32"
+    assert straight.record["precision_executed"]["allow_tf32"] == "false" and "bf16_reduced_precision_reduction" in straight.record["precision_executed"]
 
 
 def test_every_pass_over_the_problems_takes_each_once(straight):
