@@ -155,9 +155,24 @@ def test_a_mutated_type_of_claims_is_refused_where_it_is_used(tree, name):
 
 def test_one_bad_file_hides_no_other_task(tree, capsys):
     path = tree / "tasks" / "desk" / "desk-offline-mismatch.yaml"
-    path.write_text(path.read_text().replace("accept: [16, 128]", "accept: [16]"))
+    spoilt = path.read_text().replace("accept: [null, 0.0]", "accept: [16]", 1)
+    assert spoilt != path.read_text()
+    path.write_text(spoilt)
     for arguments, shown in ((["list"], "desk-sanity-grpo"), (["show", "C5"], "sanity-data"), (["list", "--json"], "[")):
         assert main(arguments) == 2
         out, err = capsys.readouterr()
         assert shown in out and "accept: found [16], allowed: a list of 2 entries" in err and "Traceback" not in err
     assert main(["validate", "sanity-data"]) == 0 and main(["show", "sanity-data"]) == 0
+
+
+@pytest.mark.parametrize(("before", "after", "says"), [
+    ("fixed: 2026-11-20", "fixed: 2026-13-40", "fixed: found '2026-13-40', allowed: the date"),
+    ("title: Mismatch", "title: \u202eMismatch", "title: found"),
+    ("title: Mismatch", "title: \u2066Mismatch", "allowed: text without control characters"),
+], ids=["a day that no calendar has", "right to left", "isolated"])  # fmt: skip
+def test_what_a_person_would_read_otherwise_is_refused_once(tree, before, after, says):
+    path = tree / "tasks" / "desk" / "desk-offline-mismatch.yaml"
+    text = path.read_text()
+    path.write_text(text.replace(before, after))
+    errors, _ = validate_file(path)
+    assert text != path.read_text() and len(errors) == 1 and says in str(errors[0])

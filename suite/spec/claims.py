@@ -22,6 +22,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,14 @@ MIN_SEEDS = {"event": 5, "count": 1, "report": 1}  # 3 for any other kind
 A_DATE = "the date on which the accept regions were fixed, as 2026-11-20"
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,79}")
+
+
+def is_date(text: str) -> bool:
+    """A day that the calendar has, as 2026-11-20."""
+    try:
+        return bool(_DATE.fullmatch(text) and date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ def _of_the_task(raw: dict, layers: list, folder: Path) -> list[TaskError]:
     if "grade" in raw:
         errors.append(TaskError(file, "grade", "a map of its own", "nothing: where claims are a map, each holds its grade"))
     fixed = raw.get("fixed")
-    if fixed is not None and not (isinstance(fixed, str) and _DATE.fullmatch(fixed)):
+    if fixed is not None and not (isinstance(fixed, str) and is_date(fixed)):
         errors.append(TaskError(file, "fixed", fixed, A_DATE))
     return errors
 
@@ -182,7 +191,7 @@ def _grade(said: dict, kind: Any, fixed: Any) -> dict:
         return {}
     kind = kind if isinstance(kind, str) else ""
     grade = {"interval": interval_of(kind), "min_seeds": MIN_SEEDS.get(kind, 3)} | said
-    if isinstance(grade.get("tolerance"), dict) and isinstance(fixed, str) and _DATE.fullmatch(fixed):
+    if isinstance(grade.get("tolerance"), dict) and isinstance(fixed, str) and is_date(fixed):
         grade["tolerance"] = grade["tolerance"] | {"date": grade["tolerance"].get("date", fixed)}
     return {name: value for name, value in grade.items() if value is not None or name == "interval"}
 

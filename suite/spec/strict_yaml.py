@@ -58,7 +58,8 @@ _AMBIGUOUS = (
     (re.compile(r"null", re.IGNORECASE), "null"),
 )
 _WITH_EXPONENT = re.compile(r"([-+]?)([0-9]*)(?:\.([0-9]*))?[eE]([-+]?)([0-9]+)")
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# Also what turns the direction of a line, so that a person reads something else than the machine.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _LARGEST = 2**63  # of int64, in which steps and seeds are written
 
 

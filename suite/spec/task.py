@@ -126,12 +126,18 @@ class Interval(Strict):
     unit: Literal["seed", "prompt"] = "seed"
 
 
+def _date(text: str) -> str:
+    if not written.is_date(text):
+        raise ValueError("a day that the calendar has, as 2026-11-20")
+    return text
+
+
 class Tolerance(Strict):
     """Where the accept region comes from: its source level, how it was derived, and when it was fixed (YYYY-MM-DD)."""
 
     level: Level
     derivation: str
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$"), AfterValidator(_date)]
 
 
 class Floor(Strict):
