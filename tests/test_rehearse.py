@@ -33,7 +33,7 @@ def test_a_rehearsal_keeps_what_a_task_is_about_and_cuts_the_rest_down(name):
 
 @pytest.mark.parametrize("name", ["sanity-data", "desk-sanity-order"])
 def test_a_task_without_engines_has_no_rehearsal(name, capsys):
-    assert cli(["rehearse", name]) == 2
+    assert cli.main(["rehearse", name]) == 2
     assert f"rehearse: found {name}" in capsys.readouterr().err
 
 
@@ -42,7 +42,7 @@ def test_a_paper_tier_task_is_rehearsed_on_the_real_engines(capsys, tmp_path, mo
     pytest.importorskip("torch")
     pytest.importorskip("vllm")
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
-    assert cli(["rehearse", "octothinker-grpo"]) == 0
+    assert cli.main(["rehearse", "octothinker-grpo"]) == 0
     shown, task = capsys.readouterr().out, load_task("octothinker-grpo")
     assert shown.count("as asked") == len(task.arms) + len(task.controls) and "desk/llama-1m" in shown
     assert not (tmp_path / "runs").exists(), "nothing is kept"
