@@ -122,9 +122,9 @@ def test_engines_take_their_defaults_from_the_table():
     from suite.engines.samplers import hf
     from suite.engines.trainers import scoring, steps
 
-    assert batch.PAD_TO_TOKENS == default("constants.pad_to_tokens") and hf.DEFAULT_MAX_NUM_SEQS == default("rollout.max_num_seqs")
-    assert steps.DEFAULT_MICRO_BATCH_SIZE == default("train.micro_batch_size")
-    assert scoring.DEFAULT_HEAD_CHUNK_LOGITS == default("constants.head_chunk_logits")
+    assert default("constants.pad_to_tokens") == batch.PAD_TO_TOKENS and default("rollout.max_num_seqs") == hf.DEFAULT_MAX_NUM_SEQS
+    assert default("train.micro_batch_size") == steps.DEFAULT_MICRO_BATCH_SIZE
+    assert default("constants.head_chunk_logits") == scoring.DEFAULT_HEAD_CHUNK_LOGITS
 
 
 def test_constants_are_no_settings_and_every_other_row_is_one(rl):
