@@ -211,14 +211,14 @@ def test_no_problem_comes_twice_in_a_round_and_every_pass_has_another_order():
 def test_log_probs_that_are_not_finite_end_the_run_as_diverged(tmp_path, monkeypatch):
     from suite.engines.trainers.dense import DenseTrainer
 
-    score = DenseTrainer.score
+    score = DenseTrainer.score_and_argmax
 
     def broken(self, sequences):
-        found = score(self, sequences)
+        logprobs, argmaxes = score(self, sequences)
         moments = next(iter(self.masters.optimizer.state.values()), {"step": 0})
-        return [one * np.nan for one in found] if moments["step"] >= 4 and len(found) == 16 else found
+        return [one * np.nan for one in logprobs] if moments["step"] >= 4 else logprobs, argmaxes
 
-    monkeypatch.setattr(DenseTrainer, "score", broken)
+    monkeypatch.setattr(DenseTrainer, "score_and_argmax", broken)
     result = run(tmp_path)
     assert result.status == "diverged" and len(result.metrics) == 2  # two steps of two updates each
     assert result.record["diverged"] == {"step": 2, "reason": "log-probs that are not finite"}
@@ -335,8 +335,8 @@ def test_a_shuffled_reward_keeps_the_recorded_reward_true(straight, tmp_path):
 
 def test_problems_minibatches_and_noise_are_functions_of_seed_and_step_alone():
     prompts = load_prompts(SETTINGS["data"], 0)
-    assert rl._prompts_of_step(prompts, 4, 3, seed=1) == rl._prompts_of_step(prompts, 4, 3, seed=1)
-    assert rl._prompts_of_step(prompts, 4, 3, seed=1) != rl._prompts_of_step(prompts, 4, 3, seed=2)
+    assert rl._prompts_of_round(prompts, 4, 1, 3) == rl._prompts_of_round(prompts, 4, 1, 3)
+    assert rl._prompts_of_round(prompts, 4, 1, 3) != rl._prompts_of_round(prompts, 4, 2, 3)
     assert sorted(rl._shuffled([1.0, 0.0, 0.5], 0, 7)) == [0.0, 0.5, 1.0]
 
 
