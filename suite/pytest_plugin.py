@@ -142,7 +142,7 @@ def confirm_published(path: Path, repo: Path) -> str:
     """
     from suite.archive.published import read_verdict
     from suite.archive.verifying import folder_differences
-    from suite.spec.task import load_task
+    from suite.spec.reading import load_task
     from suite.spec.validate import validate_file
 
     errors, _ = validate_file(path)

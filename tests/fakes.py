@@ -12,7 +12,8 @@ from suite.record.run import Run
 from suite.record.schema import new_record
 from suite.spec.plan import plan
 from suite.spec.precision import ALWAYS_FP32, CONTRACT, Precision
-from suite.spec.task import Task, load_task
+from suite.spec.reading import load_task
+from suite.spec.task import Task
 
 FINGERPRINT = "cpu-test_none-0_torch-0"
 CURVES = Path(__file__).parents[1] / "baselines" / "curves"

@@ -17,7 +17,7 @@ from suite.grade.contrasts import Levels, in_sequence, is_exact, is_share_of_see
 from suite.grade.judge import disjoint, judge, num_pairs, order_form, order_regions
 from suite.grade.launches import SHARES_OF_COUNTS, Launch, scale_of
 from suite.measure import stats
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 TRIALS = {"num_kept": 512, "overlap_share": 48}
 UNKNOWN_SD = 0.1  # on the scale of the interval, where the published runs have no spread

@@ -19,7 +19,7 @@ from suite.record import run as record
 from suite.record.manifest import write_manifest
 from suite.record.writer import open_run
 from suite.spec.plan import plan
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 MACHINE = {"os": "test", "cpu": {"class": "test", "num_cores": 1}, "gpus": [], "torch_build": None, "packages": {}}
 FINGERPRINT = environment.fingerprint(MACHINE)

@@ -24,7 +24,7 @@ from suite.door import MIB, FileError
 from suite.errors import UserError
 from suite.record.manifest import write_manifest
 from suite.report import verbs as report_verbs
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 PLACE = f"results/desk-tiny/{fakes.FINGERPRINT}"
 

@@ -21,7 +21,7 @@ from suite.check.verb import check, options_of
 from suite.cli.main import build_parser, main
 from suite.door import FileError
 from suite.errors import UserError
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 from suite.spec.validate import require_valid
 
 CONFIG = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 64, "max_position_embeddings": 128}

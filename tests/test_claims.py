@@ -8,12 +8,14 @@ import pytest
 import yaml
 
 from suite.errors import TaskError
+from suite.spec.checkout import find_repo
 from suite.spec.claim_library import TYPES, claim_type, names
 from suite.spec.claims import Form, as_written, written_key
 from suite.spec.json_schema import json_schema
+from suite.spec.reading import load_all, load_task, read_task, read_task_text
 from suite.spec.settings import SECTIONS
 from suite.spec.strict_yaml import parse_yaml
-from suite.spec.task import Claim, Grade, Task, find_repo, load_all, load_task, read_task, read_task_text
+from suite.spec.task import Claim, Grade, Task
 from suite.spec.validate import validate_file
 
 TASK = """\

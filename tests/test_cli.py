@@ -19,7 +19,7 @@ from suite.cli import verbs
 from suite.errors import DataError, NotRunnable, UserError
 from suite.record.run import find_runs
 from suite.spec.plan import plan
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 REPO = Path(__file__).resolve().parents[1]
 VERDICT = {
@@ -168,8 +168,8 @@ def machine(checkout, monkeypatch):  # noqa: F811
     """
     checkout()
     calls = []
-    monkeypatch.setattr(verbs, "_check_machine", lambda task, runs_dir: calls.append("doctor"))
-    monkeypatch.setattr(verbs, "_run_cells", lambda args, task, cells: calls.append(f"run {len(cells)}") or 0)
+    monkeypatch.setattr(verbs, "check_machine", lambda task, runs_dir: calls.append("doctor"))
+    monkeypatch.setattr(verbs, "run_cells", lambda args, task, cells: calls.append(f"run {len(cells)}") or 0)
     monkeypatch.setattr(
         verbs,
         "_grade_records",
@@ -223,7 +223,7 @@ def raising(problem):
 def test_what_goes_wrong_in_a_run_has_its_exit_code_and_its_words(
     machine, monkeypatch, capsys, problem, code, verdict, words
 ):
-    monkeypatch.setattr(verbs, "_run_cells", raising(problem))
+    monkeypatch.setattr(verbs, "run_cells", raising(problem))
     assert cli.main(["reproduce", "tiny"]) == code
     shown = capsys.readouterr()
     assert words in shown.err and ("Traceback" in shown.err) == isinstance(problem, RuntimeError)
@@ -247,7 +247,7 @@ def test_a_runs_folder_that_is_a_file_is_a_clear_error(checkout, monkeypatch, ca
 
     checkout()
     (tmp_path / "occupied").write_text("")
-    monkeypatch.setattr(verbs, "_check_machine", lambda task, runs_dir: None)
+    monkeypatch.setattr(verbs, "check_machine", lambda task, runs_dir: None)
     monkeypatch.setattr(protocols, "run_task", lambda *args, runs_dir, **flags: (runs_dir / "x").mkdir(parents=True))
     assert cli.main(["run", "tiny", "--runs-dir", str(tmp_path / "occupied")]) == 11
     assert "cannot use" in capsys.readouterr().err
@@ -365,7 +365,7 @@ def test_an_error_that_a_library_makes_of_a_signal_is_the_signal(machine, monkey
         except KeyboardInterrupt:
             raise RuntimeError("trying to pop from empty mode stack") from None
 
-    monkeypatch.setattr(verbs, "_run_cells", broken)
+    monkeypatch.setattr(verbs, "run_cells", broken)
     assert cli.main(["reproduce", "tiny"]) == 130
     shown = capsys.readouterr()
     assert "Traceback" not in shown.err and "goes on from here" in shown.err and "verdict=ERROR" in shown.out
@@ -374,11 +374,11 @@ def test_an_error_that_a_library_makes_of_a_signal_is_the_signal(machine, monkey
 def test_a_run_folder_that_went_away_and_a_nameless_full_place_are_named(machine, monkeypatch, capsys, tmp_path):
     gone = OSError(errno.ENOENT, "No such file or directory", str(tmp_path / "gone" / ".record.json.tmp"))
     gone.add_note("the record does not say so")
-    monkeypatch.setattr(verbs, "_run_cells", raising(gone))
+    monkeypatch.setattr(verbs, "run_cells", raising(gone))
     assert cli.main(["run", "tiny"]) == 11
     shown = capsys.readouterr().err
     assert f"cannot use {gone.filename}: its folder has gone; the record does not say so" in shown and "Traceback" not in shown
-    monkeypatch.setattr(verbs, "_run_cells", raising(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(verbs, "run_cells", raising(OSError(errno.ENOSPC, "No space left on device")))
     assert cli.main(["run", "tiny"]) == 11
     shown = capsys.readouterr().err
     assert "Traceback" in shown and "/dev/shm" in shown and tempfile.gettempdir() in shown

@@ -11,7 +11,7 @@ from suite.record.writer import open_run
 from suite.spec import defaults
 from suite.spec.defaults import DEFAULTS, Default, as_it_ran, default
 from suite.spec.plan import Cell, plan, resolve_task
-from suite.spec.task import load_all
+from suite.spec.reading import load_all
 
 REPORT = "estimand: k3_nats_per_token, contrast: {arm: bf16}"
 

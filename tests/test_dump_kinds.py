@@ -18,7 +18,7 @@ from test_dump import CONTROL, make_rows, make_task, runs_of, write
 from suite.dumps import dump
 from suite.dumps import files as dump_files
 from suite.errors import UserError
-from suite.spec.task import deep_merge
+from suite.spec.reading import deep_merge
 
 PLANNED = {"data": {"num_prompts": 4}, "rollout": {"samples_per_prompt": 3}}
 
@@ -445,7 +445,7 @@ LIMITED = """
 import sys
 from suite.dumps.dump import grade_evidence
 from suite.errors import UserError
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 task = load_task("desk-offline-mismatch")
 for path in sys.argv[1:]:
     try:

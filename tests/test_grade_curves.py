@@ -6,7 +6,7 @@ from fakes import COMPARE, RL, block, claim, curve, event_grade, jittered, only,
 from suite.errors import UserError
 from suite.grade.verdict import Needed, grade_task
 from suite.spec.plan import grid_points
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 SANITY = "abcdef"  # panels of figure 1: GRPO, Token-TIS, Seq-MIS, GSPO, PG-Seq-IS, PG-Seq-MIS
 

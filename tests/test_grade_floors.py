@@ -14,7 +14,7 @@ from suite.grade.launches import Launch
 from suite.grade.verdict import grade_task
 from suite.measure import stats
 from suite.spec.kinds import KINDS
-from suite.spec.task import load_all
+from suite.spec.reading import load_all
 from suite.spec.validate_controls import guard_errors, margin_of, unguarded
 
 FLOOR = "floor: {at_least: 0.7, derivation: test}"

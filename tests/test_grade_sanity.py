@@ -4,7 +4,8 @@ import pytest
 from fakes import curve, jittered, series_run
 
 from suite.grade.verdict import grade_task
-from suite.spec.task import find_repo, load_task
+from suite.spec.checkout import find_repo
+from suite.spec.reading import load_task
 
 PANELS = {"grpo": "a", "grpo-token-tis": "b", "grpo-seq-mis": "c", "gspo": "d", "pg-seq-is": "e", "pg-seq-mis": "f"}
 ON_REWARD = ("reward_mean",)

@@ -11,7 +11,7 @@ from fakes import COMPARE, OFFLINE, RL, block, claim, event_grade, run_of, serie
 
 from suite.grade.contrasts import Levels
 from suite.grade.verdict import Needed, design_power, grade_task
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 REPEATS = 300
 SD = 0.25  # of the log-ratio between launches: what power.py supposes for k3

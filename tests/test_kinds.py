@@ -28,8 +28,8 @@ from suite.record.run import EVIDENCE_SCHEMA, Run, find_runs
 from suite.spec.estimands import ESTIMANDS, SAMPLER_ESTIMANDS
 from suite.spec.kinds import KINDS, Kind, kind_of
 from suite.spec.plan import plan
+from suite.spec.reading import load_all, load_task
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import load_all, load_task
 from suite.spec.validate import validate_file
 
 TOY = """\

@@ -16,7 +16,7 @@ from suite.machine.processes import Place, deal, places, run_workers
 from suite.record.run import read_metrics
 from suite.spec.kinds import KINDS, kind_of
 from suite.spec.plan import Cell, plan
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 REPO = Path(__file__).resolve().parents[1]
 ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -157,7 +157,7 @@ def test_the_exit_code_is_that_of_the_worker(monkeypatch, capsys, code, told):
         raise WorkersFailed("worker 0 failed", code)
 
     monkeypatch.setattr("suite.machine.processes.run_workers", fail)
-    monkeypatch.setattr("suite.cli.verbs._check_machine", lambda task, runs_dir: None)
+    monkeypatch.setattr("suite.cli.verbs.check_machine", lambda task, runs_dir: None)
     monkeypatch.chdir(REPO)
     assert cli.main(["reproduce", "desk-offline-mismatch", "--nproc", "1", "--launcher", "nice"]) == told
     last = capsys.readouterr().out.splitlines()[-1]

@@ -11,8 +11,8 @@ from suite.archive.ties import _meaning
 from suite.cli.main import main
 from suite.spec.lock import lock_errors, write_lock
 from suite.spec.plan import differing_paths, plan
+from suite.spec.reading import load_all, load_task, read_task_text
 from suite.spec.strict_yaml import parse_yaml
-from suite.spec.task import load_all, load_task, read_task_text
 from suite.spec.validate import check, check_unlocked, validate_file
 
 REPO = Path(__file__).resolve().parents[1]

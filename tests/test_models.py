@@ -8,8 +8,8 @@ import pytest
 
 from suite.engines.models import files_sha256, hub_commit, model_folder, model_record, weights_sha256
 from suite.errors import DataError, UserError
+from suite.spec.checkout import find_repo
 from suite.spec.strict_yaml import read_yaml
-from suite.spec.task import find_repo
 
 
 def folder_of(tmp_path, **files):

@@ -8,7 +8,7 @@ import pytest
 from test_task import GOOD, checkout  # noqa: F401  (a fixture)
 
 from suite.spec.plan import Cell, canonical_json, differing_paths, one_factor_errors, plan, read_path, resolve_task
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -98,7 +98,7 @@ def test_seed_limit_and_being_a_control_each_make_a_key_of_their_own(checkout): 
 
 def test_a_key_is_the_same_in_another_process_and_folder(checkout, tmp_path):  # noqa: F811
     path = checkout()
-    imports = "from suite.spec.task import load_task; from suite.spec.plan import plan"
+    imports = "from suite.spec.reading import load_task; from suite.spec.plan import plan"
     code = f"{imports}; print(plan(load_task({str(path)!r}))[0].run_key())"
     environ = {"PYTHONPATH": str(REPO), "PYTHONHASHSEED": "77"}
     found = subprocess.run(

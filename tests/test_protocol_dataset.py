@@ -13,10 +13,11 @@ from suite.protocols.dataset import find_tokenizer, measure_dataset, run, varian
 from suite.protocols.session import Session
 from suite.record.run import read_metrics, read_run
 from suite.record.writer import open_run
+from suite.spec.checkout import find_repo
 from suite.spec.estimands import DATASET_ESTIMANDS
 from suite.spec.estimands import ESTIMANDS as MISMATCH_ESTIMANDS
 from suite.spec.plan import plan
-from suite.spec.task import find_repo, load_task
+from suite.spec.reading import load_task
 from suite.spec.validate import check
 
 

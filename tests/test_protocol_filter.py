@@ -20,8 +20,9 @@ from suite.protocols.session import Session
 from suite.record.manifest import check_manifest
 from suite.record.run import read_evidence, read_run
 from suite.record.writer import open_run
+from suite.spec.checkout import find_repo
 from suite.spec.plan import plan
-from suite.spec.task import find_repo, load_task
+from suite.spec.reading import load_task
 
 NUM_SAMPLES = 40
 SOLVED = (0, 7, 8, 20, 32, 33, 40)  # correct responses of problem 0, 1, ...; 8 and 32 of 40 are the ends of the band

@@ -11,7 +11,7 @@ import pytest
 
 from suite.archive.publishing import publish_task
 from suite.record.manifest import write_manifest
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 pytest_plugins = "pytester"
 

@@ -8,8 +8,8 @@ from suite.cli import main as cli
 from suite.protocols.rehearse import rehearsal
 from suite.spec.kinds import kind_of
 from suite.spec.plan import plan
+from suite.spec.reading import load_all, load_task
 from suite.spec.settings import Settings
-from suite.spec.task import load_all, load_task
 
 TASKS = load_all()
 WITH_ENGINES = [name for name, task in TASKS.items() if task.protocol not in ("dataset", "compare")]

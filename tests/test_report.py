@@ -27,7 +27,7 @@ from suite.report import verbs as report_verbs
 from suite.report.findings import NOT_YET, QUESTIONS, Finding, findings
 from suite.report.generate import generated_files
 from suite.report.mixtures import mixtures_markdown
-from suite.spec.task import load_all, load_task
+from suite.spec.reading import load_all, load_task
 
 HOST, USER = "builder-17.lab.example", "someuser"
 
@@ -544,7 +544,7 @@ def test_a_finding_answers_from_the_verdicts_of_its_claims_and_says_where_none_i
 
 
 def test_every_question_asks_claims_that_tasks_have():
-    from suite.spec.task import load_all
+    from suite.spec.reading import load_all
 
     tasks = load_all()
     for question, asked in QUESTIONS:

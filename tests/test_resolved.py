@@ -9,7 +9,7 @@ from suite.machine import environment
 from suite.machine.doctor import can_run
 from suite.spec import plan as planning
 from suite.spec.plan import canonical_json, plan, resolve_task
-from suite.spec.task import load_all
+from suite.spec.reading import load_all
 from suite.spec.validate import require_valid, validate_file
 
 CONTROL = """

@@ -26,10 +26,10 @@ from suite.protocols.session import Session  # noqa: E402
 from suite.record.evidence import whole_rows  # noqa: E402
 from suite.record.run import Run, find_runs, read_evidence, read_metrics  # noqa: E402
 from suite.record.writer import open_run  # noqa: E402
+from suite.spec.checkout import find_repo  # noqa: E402
 from suite.spec.kinds import KINDS  # noqa: E402
 from suite.spec.plan import Cell  # noqa: E402
 from suite.spec.precision import contract_breaches, unsaid_points  # noqa: E402
-from suite.spec.task import find_repo  # noqa: E402
 
 pytestmark = pytest.mark.engine
 

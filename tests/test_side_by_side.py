@@ -13,7 +13,7 @@ from suite.errors import UserError
 from suite.record.run import read_metrics
 from suite.report.side_by_side import _agreement, side_by_side
 from suite.report.worse import what_is_worse
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 
 @pytest.fixture(scope="module")

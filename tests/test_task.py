@@ -9,9 +9,11 @@ import yaml
 from pydantic import ValidationError
 
 from suite.errors import TaskError, UserError
+from suite.spec.checkout import find_repo
 from suite.spec.json_schema import json_schema
+from suite.spec.reading import deep_merge, load_all, load_task, read_task
 from suite.spec.strict_yaml import TaskErrors, parse_yaml, read_yaml
-from suite.spec.task import axis_label, deep_merge, find_repo, load_all, load_task, read_task
+from suite.spec.task import axis_label
 from suite.spec.validate import check, contrast_range, require_valid, validate_file
 
 REPO = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ import yaml
 from suite.cli.main import main
 from suite.cli.show import print_task, summary
 from suite.spec.plan import resolve_task
-from suite.spec.task import read_task
+from suite.spec.reading import read_task
 from suite.spec.validate import validate_file
 
 REPO = Path(__file__).resolve().parents[1]

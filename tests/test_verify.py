@@ -24,7 +24,7 @@ from suite.record.run import Run
 from suite.report import verbs as report_verbs
 from suite.spec.algorithms import resolve
 from suite.spec.plan import Cell
-from suite.spec.task import load_task
+from suite.spec.reading import load_task
 
 
 @pytest.fixture(scope="module")

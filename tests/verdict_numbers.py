@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from suite.archive.publishing import compute_verdict, fingerprint_folders
-from suite.spec.task import find_repo, load_all
+from suite.spec.checkout import find_repo
+from suite.spec.reading import load_all
 
 
 def recomputed(results_dir: Path) -> dict[str, object]:

@@ -17,7 +17,7 @@ from suite.machine import environment
 from suite.record.run import FINISHED, STATUSES, Run
 from suite.spec.algorithms import resolve
 from suite.spec.plan import Cell, differing_paths, read_path
-from suite.spec.task import read_task_text
+from suite.spec.reading import read_task_text
 from suite.spec.validate_rl import NOT_OF_THE_ROW
 
 # What of a task decides neither a number nor a verdict: what says where a claim comes from and what it is called, what is

@@ -81,7 +81,7 @@ def verify_published(target: str | None, results_dir: Path) -> Verified:
 
 
 def _tasks() -> dict:
-    from suite.spec.task import load_all
+    from suite.spec.reading import load_all
 
     return load_all()
 

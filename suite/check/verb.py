@@ -24,7 +24,8 @@ from suite.files import parquet_bytes, write_atomic
 from suite.machine import environment
 from suite.record.run import FINISHED, Run, find_runs, read_part
 from suite.spec.precision import DTYPES
-from suite.spec.task import Task, load_task
+from suite.spec.reading import load_task
+from suite.spec.task import Task
 from suite.spec.validate import require_valid
 
 PAGE = "check.html"

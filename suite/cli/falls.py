@@ -26,7 +26,8 @@ from suite.archive.published import records_of
 from suite.archive.publishing import published_runs
 from suite.measure.lead import in_order, lead_of, over_launches
 from suite.spec.kinds import kind_of
-from suite.spec.task import Task, load_readable
+from suite.spec.reading import load_readable
+from suite.spec.task import Task
 
 
 def print_falls(console: Console, table, task: Task, results: Path) -> None:

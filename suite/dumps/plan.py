@@ -11,7 +11,8 @@ from suite.dumps.signs import NOTE, Flaw, launch_text
 from suite.errors import TaskError
 from suite.grade.controls import control_points
 from suite.spec.plan import read_path
-from suite.spec.task import Task, axis_label, deep_merge
+from suite.spec.reading import deep_merge
+from suite.spec.task import Task, axis_label
 
 # A launch with fewer problems or samples than planned is as fit to compare, only noisier, and the interval over launches shows
 # that noise. Below these shares of the plan it says too little of the task's own problems, and above the plan it was chosen.

@@ -14,7 +14,7 @@ from pathlib import Path
 from suite.door import read_json
 from suite.errors import DataError, NotRunnable
 from suite.files import sha256_once
-from suite.spec.task import find_repo
+from suite.spec.checkout import find_repo
 
 WEIGHTS = ("*.safetensors",)
 # Beside the weights: shape, sampling defaults (the ids that end a response), tokenizer, chat template, quantisation.

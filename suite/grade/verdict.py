@@ -50,7 +50,8 @@ from suite.grade.power import design_power  # noqa: F401  (offered where people 
 from suite.grade.sameness import name_across, same_runs, twins
 from suite.spec.kinds import kind_of
 from suite.spec.plan import ResolvedTask, canonical_json, resolve_task
-from suite.spec.task import Task, load_task
+from suite.spec.reading import load_task
+from suite.spec.task import Task
 from suite.spec.validate import unpinned_inputs
 
 SCHEMA = 1

@@ -208,7 +208,7 @@ def finding(name: str, ok: bool, detail: str, needed: str = "") -> dict[str, Any
 
 def findings(task, env: dict[str, Any]) -> list[dict[str, Any]]:
     """Findings {name, ok, detail, needed}: the machine, known-bad versions, then `task` or, for None, every task."""
-    from suite.spec.task import load_all
+    from suite.spec.reading import load_all
 
     tasks = [task] if task is not None else list(load_all().values())
     return [*machine_findings(env), *known_bad_findings(env), *(task_finding(each, env) for each in tasks)]

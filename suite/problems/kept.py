@@ -19,7 +19,7 @@ from suite import door
 from suite.errors import DataError
 from suite.files import write_json
 from suite.problems.data import check_sha256, count_copies, locate, read_rows
-from suite.spec.task import find_repo
+from suite.spec.checkout import find_repo
 
 SCHEMA = 1
 

@@ -15,8 +15,8 @@ from typing import Any, get_args
 from suite.problems.data import INSTRUCTION, Row, as_mapping, check_sha256, count_copies, locate, r1_template, read_rows
 from suite.problems.grader_pool import Workers, boxed
 from suite.problems.rewards import Grader
+from suite.spec.checkout import find_repo
 from suite.spec.estimands import PROMPT_LIMIT_TOKENS
-from suite.spec.task import find_repo
 
 # A gold answer written in another way, or changed: (pattern of the whole gold answer, what is made of it).
 VARIANTS: dict[str, tuple[str, Callable[[re.Match], str]]] = {

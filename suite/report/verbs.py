@@ -21,7 +21,7 @@ EXIT_DIFFERENT = 1
 def publish(task_id: str, runs_dir: Path, results_dir: Path) -> int:
     """Copy every finished run of the task's current version into `results_dir`, grade it there, regenerate the rest."""
     from suite.archive.publishing import publish_task
-    from suite.spec.task import load_all
+    from suite.spec.reading import load_all
 
     folders = publish_task(load_all()[task_id], Path(runs_dir), Path(results_dir))
     if not folders:
@@ -38,7 +38,7 @@ def report(results_dir: Path, check: bool = False) -> int:
     With `check`, write nothing: name the files that would change and return 1 if there are any.
     """
     from suite.report.generate import changed_files, generated_files, write_files
-    from suite.spec.task import load_all
+    from suite.spec.reading import load_all
 
     files = generated_files(Path(results_dir), load_all())
     changes = changed_files(Path(results_dir), files)

@@ -15,8 +15,9 @@ from suite.errors import TaskError
 from suite.files import write_atomic
 from suite.spec.checkout import base_folder
 from suite.spec.plan import differing_paths, read_path
+from suite.spec.reading import read_task_text
 from suite.spec.strict_yaml import parse_yaml
-from suite.spec.task import Control, Grade, Task, read_task_text
+from suite.spec.task import Control, Grade, Task
 
 
 def lock_path(task: Task) -> Path | None:

@@ -22,9 +22,10 @@ from suite.errors import TaskError
 from suite.spec.checkout import base_folder
 from suite.spec.defaults import fill, relied_on, said
 from suite.spec.kinds import kind_of
+from suite.spec.reading import deep_merge, read_task
 from suite.spec.settings import SECTIONS, Settings
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import Task, axis_label, deep_merge, read_task
+from suite.spec.task import Task, axis_label
 from suite.spec.task_errors import explain
 
 _MISSING = object()

@@ -11,14 +11,16 @@ from collections import Counter
 from pathlib import Path
 
 from suite.errors import TaskError
+from suite.spec.checkout import task_path
 from suite.spec.claims import Form, as_written, written_key
 from suite.spec.kinds import kind_of
 from suite.spec.lock import lock_errors
 from suite.spec.plan import ResolvedTask, arm_names, one_factor_errors, read_path, resolve_task, tasks_beside
 from suite.spec.precision import CACHE_FORMATS, COARSE_FORMATS, DTYPES, FORMATS, ROUNDED_WHERE
+from suite.spec.reading import read_task
 from suite.spec.settings import SECTIONS
 from suite.spec.strict_yaml import TaskErrors
-from suite.spec.task import Claim, Contrast, Control, Grade, Task, axis_label, read_task, task_path
+from suite.spec.task import Claim, Contrast, Control, Grade, Task, axis_label
 from suite.spec.validate_controls import guard_errors, unguarded
 from suite.spec.validate_paper import paper_errors
 from suite.spec.validate_rl import compare_errors, rl_errors

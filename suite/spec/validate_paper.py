@@ -3,8 +3,9 @@
 import math
 
 from suite.errors import TaskError
+from suite.spec.checkout import base_folder
 from suite.spec.strict_yaml import view_yaml
-from suite.spec.task import Claim, Task, base_folder
+from suite.spec.task import Claim, Task
 
 
 def paper_errors(task: Task, claim: Claim) -> list[TaskError]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from suite.record.run import Run
 from suite.report.figures.svg import LINE_STYLES, colour, plt, to_svg
-from suite.spec.task import find_repo
+from suite.spec.checkout import find_repo
 
 MORE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a5a00")  # readable beside those of the precisions
 
