@@ -382,3 +382,17 @@ def test_workers_load_no_torch():
     code = f"import sys, suite.problems.rewards, suite.problems.grader_pool, math_verify; print(sorted({heavy} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_a_worker_whose_caller_was_killed_during_a_job_ends():
+    """The answer finds nobody: a worker that forks its next child then would fork for ever, beside the next run's engines."""
+    worker = workers._Worker(timeout_seconds=30)
+    while not worker.ready:
+        select.select([worker.process.stdout], [], [], 30)
+        worker.child = next((line["pid"] for line in worker.read() or [] if "pid" in line), None)
+    os.kill(worker.child, signal.SIGSTOP)
+    worker.give(0, ("equivalent", "1/2", "0.5"), 30)
+    worker.process.stdin.close()
+    worker.process.stdout.close()
+    os.kill(worker.child, signal.SIGCONT)
+    assert worker.process.wait(timeout=30) == 0

@@ -97,11 +97,14 @@ def worker_main(cpu_seconds: float) -> None:
     os.dup2(null, 1)  # whatever a library prints must not be taken for an answer
     os.dup2(null, 2)
     status = -1
-    while status != 0:  # 0: the pipe of jobs was closed
+    while status != 0:  # 0: the pipe of jobs, or that of answers, was closed
         child = os.fork()
         if child == 0:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # who kills the worker ends its work too
-            answer_jobs(answers, cpu_seconds)
+            try:
+                answer_jobs(answers, cpu_seconds)
+            except BrokenPipeError:
+                pass  # nobody reads answers any more: the caller was killed, and the next child would fare no better
             os._exit(0)
         status = os.waitpid(child, 0)[1]
 
