@@ -52,6 +52,7 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's, which writes the groups into the names that it deals out
 def pytest_collection_modifyitems(config, items):
     """Put all engine tests into one xdist group, so that no two engines run at once."""
     if config.getoption("without_engines"):

@@ -208,3 +208,9 @@ def test_tests_cannot_reach_other_machines():
 def test_tests_can_reach_this_machine():
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         assert client.getpeername() == server.getsockname()
+
+
+@pytest.mark.engine
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs all tests")
+def test_engine_tests_are_dealt_to_one_worker(request):
+    assert request.node.nodeid.endswith("@engine"), "xdist did not see the group: two engines would run at once"
